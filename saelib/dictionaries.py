@@ -1,0 +1,147 @@
+"""Dictionaries: one interface for every method that turns an activation into a code and back."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from saelib import files
+
+
+class DictionaryError(ValueError):
+    """A dictionary file is not what it says; the message names the file and what is wrong."""
+
+
+class Dictionary(nn.Module):
+    """A set of directions in activation space with an encoder.
+
+    Every member works in the model's own coordinates and units: it holds the ``mean`` [d] that it takes off and the
+    ``scale`` [] that it divides by, so that callers never scale anything. ``x`` is [..., d], a ``code`` is
+    [..., n_features], non-negative unless a member says otherwise.
+
+        code = encode(x),   x_hat = decode(code) = scale * code @ directions + mean
+    """
+
+    kind: str
+
+    def __init__(self, d: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(d))
+        self.register_buffer("scale", torch.ones(()))
+
+    @property
+    def directions(self) -> Tensor:
+        """Unit-norm rows [n_features, d]: what each feature writes."""
+        raise NotImplementedError
+
+    @property
+    def n_features(self) -> int:
+        return self.directions.shape[0]
+
+    @property
+    def d(self) -> int:
+        return self.mean.shape[0]
+
+    def standardise(self, x: Tensor) -> Tensor:
+        """(x - mean) / scale, [..., d], in the dictionary's dtype: the coordinates in which it was trained."""
+        return (x.to(self.mean.dtype) - self.mean) / self.scale
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Code [..., n_features] of activations [..., d]."""
+        raise NotImplementedError
+
+    def decode(self, code: Tensor) -> Tensor:
+        """Reconstruction [..., d] of a code [..., n_features]."""
+        return self.scale * (code @ self.directions) + self.mean
+
+    def forward(self, x: Tensor) -> Tensor:
+        """decode(encode(x))."""
+        return self.decode(self.encode(x))
+
+
+def unit_rows(matrix: Tensor) -> Tensor:
+    """Rows divided by their norm, clamped at 1e-8 as in the paper's code (autoencoders/sae_ensemble.py)."""
+    return matrix / matrix.norm(dim=-1, keepdim=True).clamp(min=1e-8)
+
+
+def _xavier(n_features: int, d: int, generator: torch.Generator | None) -> nn.Parameter:
+    return nn.Parameter(nn.init.xavier_uniform_(torch.empty(n_features, d), generator=generator))
+
+
+class TiedSAE(Dictionary):
+    """The paper's autoencoder (Eq. 1 to 3): one matrix M of unit rows encodes and decodes.
+
+        c = ReLU(M x + b),   x_hat = M^T c,   M = W / ||W||_row
+
+    ``weight`` W [n_features, d] is free; the norm is taken inside the differentiable loss (PAPER: code,
+    FunctionalTiedSAE), which stops the cheat of growing rows. No decoder bias. Xavier-uniform start, b = 0.
+    """
+
+    kind = "tied"
+
+    def __init__(self, n_features: int, d: int, *, generator: torch.Generator | None = None):
+        super().__init__(d)
+        self.weight = _xavier(n_features, d, generator)
+        self.bias = nn.Parameter(torch.zeros(n_features))
+
+    @property
+    def directions(self) -> Tensor:
+        return unit_rows(self.weight)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return torch.relu(self.standardise(x) @ self.directions.T + self.bias)
+
+
+class UntiedSAE(Dictionary):
+    """The untied form (Eq. 5 and 6, MLP activations): a free encoder E and a decoder D of unit rows.
+
+        c = ReLU(E x + b),   x_hat = D^T c,   D = V / ||V||_row
+
+    ``weight`` E and ``decoder`` V are [n_features, d] (PAPER: code, FunctionalSAE). Both start from the same Xavier draw.
+    """
+
+    kind = "untied"
+
+    def __init__(self, n_features: int, d: int, *, generator: torch.Generator | None = None):
+        super().__init__(d)
+        self.weight = _xavier(n_features, d, generator)
+        self.decoder = nn.Parameter(self.weight.detach().clone())
+        self.bias = nn.Parameter(torch.zeros(n_features))
+
+    @property
+    def directions(self) -> Tensor:
+        return unit_rows(self.decoder)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return torch.relu(self.standardise(x) @ self.weight.T + self.bias)
+
+
+KINDS: dict[str, type[Dictionary]] = {member.kind: member for member in (TiedSAE, UntiedSAE)}
+
+
+def save(dictionary: Dictionary, path: Path, **about) -> None:
+    """Write ``path`` (.safetensors) and ``path`` with .json: kind, shape, and whatever JSON-able is in `about`.
+
+    The .json is written last: without it the dictionary does not count as finished.
+    """
+    path.with_suffix(".json").unlink(missing_ok=True)
+    with files.atomic(path) as temporary:
+        save_file({name: value.detach().cpu().contiguous() for name, value in dictionary.state_dict().items()}, temporary)
+    head = {"kind": dictionary.kind, "n_features": dictionary.n_features, "d": dictionary.d, "sha256": files.sha256(path)}
+    files.write_json(path.with_suffix(".json"), head | about)
+
+
+def load(path: Path, *, device: torch.device | str = "cpu") -> tuple[Dictionary, dict]:
+    """Read a dictionary and its .json. Raises `DictionaryError` for another kind, shape or an altered file."""
+    about = files.read_json(path.with_suffix(".json"))
+    if about["kind"] not in KINDS:
+        raise DictionaryError(f"{path}: unknown kind '{about['kind']}'; known are {', '.join(KINDS)}")
+    if files.sha256(path) != about["sha256"]:
+        raise DictionaryError(f"{path} is not the file that its .json describes: delete both and train again")
+    dictionary = KINDS[about["kind"]](about["n_features"], about["d"])
+    try:
+        dictionary.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        raise DictionaryError(f"{path}: {error}") from error
+    return dictionary.to(device), about

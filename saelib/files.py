@@ -1,0 +1,58 @@
+"""Files that are either whole or absent: atomic writes, hashes, keys."""
+
+import errno
+import hashlib
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class DiskFull(OSError):
+    """The disk filled up during a write. Nothing half-written is left under the final name."""
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def key(spec: dict) -> str:
+    """Sixteen hexadecimal digits that stand for a JSON-able `spec`; equal specs give equal keys."""
+    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def atomic(path: Path):
+    """Yield a temporary path beside `path`; rename it to `path` on success and delete it on any failure.
+
+    Raises `DiskFull` instead of the bare OSError when the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise DiskFull(
+                errno.ENOSPC,
+                f"disk full while writing {path}: free some space and run the same command again; "
+                "what was finished before is kept and is not computed twice",
+            ) from error
+        raise
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write `content` atomically, readable, with a final newline."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object."""
+    return json.loads(path.read_text())

@@ -1,0 +1,236 @@
+"""Train dictionaries: one, resumably; or a sweep over alphas, ratios and seeds."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+import saelib
+from saelib import dictionaries, files, metrics
+from saelib.dictionaries import Dictionary
+from saelib.losses import hand_gradient
+from saelib.store import ActivationStore
+
+LOG_EVERY = 25  # steps between two readings of the loss: reading waits for the device
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message names the step and what is kept."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What a trained dictionary depends on, besides the activations. The paper's values (PAPER.md 2) in brackets.
+
+    kind : "tied" or "untied" ["tied"; "untied" for some MLP dictionaries].
+    ratio : n_features / d [0.5 to 8; 2 in Figure 2].
+    alpha : weight of the L1 term on the code's scale, see `losses.sae_loss` [8.577e-4 residual, 3.162e-4 MLP, for
+        activations in the model's units; here activations are scaled to a mean square of 1 per coordinate].
+    lr : Adam's learning rate [1e-3 nominal]. Betas 0.9 and 0.999, eps 1e-8, a correct step counter.
+    batch_size : activations per step [1024 or 2048].
+    passes : passes over the activations [1 pass over 21 million].
+    warmup_steps, decay : linear warm-up, and the share of all steps at the end over which the rate falls to 0 [0, 0].
+    centre : take off the mean before encoding and add it after decoding [False].
+    scale : divide by the root mean square per coordinate [False].
+    seed : of the initial weights and of the order of the activations.
+    """
+
+    kind: str = "tied"
+    ratio: float = 2.0
+    alpha: float = 1e-3
+    lr: float = 1e-3
+    batch_size: int = 256
+    passes: int = 1
+    warmup_steps: int = 0
+    decay: float = 0.0
+    centre: bool = False
+    scale: bool = True
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.kind not in dictionaries.KINDS:
+            raise ValueError(f"kind '{self.kind}' is none of {', '.join(dictionaries.KINDS)}")
+        if min(self.ratio, self.lr, self.batch_size, self.passes) <= 0 or min(self.alpha, self.warmup_steps) < 0:
+            raise ValueError(f"ratio, lr, batch_size and passes must be positive, alpha and warmup_steps not negative: {self}")
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay is a share of all steps, 0 to 1, not {self.decay}")
+
+    @property
+    def name(self) -> str:
+        """File stem, for example ``tied_r2_a0.003_s0``."""
+        return f"{self.kind}_r{self.ratio:g}_a{self.alpha:g}_s{self.seed}"
+
+
+def learning_rate(step: int, total: int, config: TrainConfig) -> float:
+    """The rate at `step` (from 0) of `total`: linear warm-up, constant, linear decay to 0."""
+    rise = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    tail = config.decay * total
+    fall = min(1.0, (total - step) / tail) if tail else 1.0
+    return config.lr * min(rise, fall)
+
+
+def specification(store: ActivationStore, config: TrainConfig, dtype: torch.dtype, evaluations_per_pass: int) -> dict:
+    """All that the trained bytes depend on: settings, the activations' manifest and our version."""
+    return {
+        "saelib": saelib.__version__,
+        "config": asdict(config),
+        "dtype": str(dtype).removeprefix("torch."),
+        "evaluations_per_pass": evaluations_per_pass,
+        "activations": files.key(store.manifest),
+        "outlier_factor": store.outlier_factor,
+    }
+
+
+def train(
+    store: ActivationStore,
+    held_out: ActivationStore,
+    config: TrainConfig,
+    folder: Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    evaluations_per_pass: int = 1,
+    evaluation_rows: int = 10_000,
+    checkpoint_every: int = 500,
+    announce: Callable[[str], None] = print,
+    position: str = "",
+) -> tuple[Dictionary, dict]:
+    """Train one dictionary on `store` into ``folder/<config.name>.safetensors``; return it and its description.
+
+    The description holds the specification, ``history`` (at every 25th step the mean error since the last one, and
+    sparsity and l0 of the batch; held-out ``fvu`` and ``l0`` on `evaluation_rows` activations, `evaluations_per_pass` times a pass) and ``metrics``.
+    A finished dictionary of the same specification is loaded, not trained. A checkpoint is written every
+    `checkpoint_every` steps; a killed run goes on from it and ends with the same bytes.
+
+    `dtype` is that of the matrix products; weights and optimiser stay float32. Raises `TrainingError` with the step at
+    which the loss was no longer finite; the last checkpoint before it is kept.
+    """
+    path, spec = folder / f"{config.name}.safetensors", specification(store, config, dtype, evaluations_per_pass)
+    if path.with_suffix(".json").exists():
+        dictionary, about = dictionaries.load(path, device=device)
+        if about["spec"] == spec:
+            return dictionary, about
+        announce(f"stale dictionary {path.name}: trained with other settings or activations, made anew")
+        path.with_suffix(".json").unlink()
+    if store.n_batches(config.batch_size) == 0:
+        raise TrainingError(f"batch_size {config.batch_size} is more than the {store.n} activations of {store.folder}")
+    dictionary = start(store, config).to(device)
+    optimiser = torch.optim.Adam(dictionary.parameters(), lr=config.lr, fused=True)
+    checkpoint = folder / f"{config.name}.checkpoint.safetensors"
+    step, history = _restore(checkpoint, dictionary, optimiser, spec)
+    per_pass = store.n_batches(config.batch_size)
+    total = per_pass * config.passes
+    n_evaluations = evaluations_per_pass * config.passes
+    evaluate_at = {round(total * k / n_evaluations) for k in range(1, n_evaluations + 1)}
+    evaluation = next(held_out.chunks(evaluation_rows)).to(device)
+    label, errors = f"{position}{config.name}", []
+    with tqdm(total=total, initial=step, desc=label, unit="step", mininterval=0.5, leave=False) as bar:
+        while step < total:
+            epoch, within = divmod(step, per_pass)
+            # a new order in each pass; the paper's code reuses one permutation for every chunk (PAPER.md 2.4)
+            seed = config.seed * 1_000_003 + epoch
+            for x in store.batches(config.batch_size, seed=seed, start=within):
+                optimiser.param_groups[0]["lr"] = learning_rate(step, total, config)
+                x = dictionary.standardise(x.to(device, non_blocking=True))
+                found = hand_gradient(dictionary, x, config.alpha, dtype)
+                optimiser.step()
+                step += 1
+                errors.append(found["error"])
+                if step % LOG_EVERY == 0 or step == total:
+                    _log(history, step, errors, found["code"], bar, checkpoint)
+                    bar.update(step - bar.n)
+                    errors.clear()
+                if step in evaluate_at:
+                    history["held_out"].append(_held_out(step, dictionary, evaluation))
+                # only right after the loss was read and found finite, so that a checkpoint is always a good one
+                if not errors and step < total and step % max(checkpoint_every // LOG_EVERY * LOG_EVERY, LOG_EVERY) == 0:
+                    _keep(checkpoint, dictionary, optimiser, spec, step, history)
+    final = metrics.evaluate(dictionary, held_out.chunks(8192), held_out.mean.to(device))
+    about = {"spec": spec, "history": history, "metrics": asdict(final)}
+    dictionaries.save(dictionary, path, **about)
+    checkpoint.unlink(missing_ok=True)
+    checkpoint.with_suffix(".json").unlink(missing_ok=True)
+    return dictionary, files.read_json(path.with_suffix(".json"))
+
+
+def start(store: ActivationStore, config: TrainConfig) -> Dictionary:
+    """The untrained dictionary of `config`, with the store's mean and scale where asked for."""
+    generator = torch.Generator().manual_seed(config.seed)
+    dictionary = dictionaries.KINDS[config.kind](round(config.ratio * store.d), store.d, generator=generator)
+    if config.centre:
+        dictionary.mean.copy_(store.mean)
+    if config.scale:
+        centred = store.mean.square().mean().item() if config.centre else 0.0
+        dictionary.scale.fill_(math.sqrt(store.scale**2 - centred))
+    return dictionary
+
+
+def sweep(
+    store: ActivationStore, held_out: ActivationStore, configs: Iterable[TrainConfig], folder: Path, **options
+) -> list[dict]:
+    """`train` every configuration; what is finished is not trained again. Returns one flat row per dictionary."""
+    rows = []
+    configs = list(configs)
+    for number, config in enumerate(configs, start=1):
+        _, about = train(store, held_out, config, folder, position=f"{number}/{len(configs)} ", **options)
+        rows.append({"name": config.name, "hook": store.hook, **asdict(config), **about["metrics"]})
+    return rows
+
+
+def _log(history: dict, step: int, errors: list, code: torch.Tensor, bar: tqdm, checkpoint: Path) -> None:
+    """Read the errors since the last call (the only wait for the device) and enter their mean into `history`."""
+    read = torch.stack(errors).tolist()
+    for number, error in enumerate(read):
+        if not math.isfinite(error):
+            kept = f"the checkpoint {checkpoint} is kept" if checkpoint.exists() else "no checkpoint was written yet"
+            raise TrainingError(
+                f"the loss was not finite at step {step - len(read) + number + 1} of {checkpoint.name.split('.checkpoint')[0]}; "
+                f"{kept}. Lower the learning rate, or look for activations that are not finite"
+            )
+    row = {
+        "step": step,
+        "error": sum(read) / len(read),
+        "sparsity": code.sum(1, dtype=torch.float32).mean().item(),
+        "l0": (code != 0).sum(1).float().mean().item(),
+    }
+    history["train"].append(row)
+    bar.set_postfix_str(f"error {row['error']:.3f}, L0 {row['l0']:.0f}", refresh=False)
+
+
+@torch.inference_mode()
+def _held_out(step: int, dictionary: Dictionary, x: torch.Tensor) -> dict:
+    found = metrics.evaluate(dictionary, [x], x.float().mean(0), resamples=2)
+    return {"step": step, "fvu": found.fvu, "l0": found.l0}
+
+
+def _keep(path: Path, dictionary: Dictionary, optimiser, spec: dict, step: int, history: dict) -> None:
+    """Write a checkpoint: weights and Adam's moments as safetensors, the rest as JSON inside its metadata."""
+    tensors = {f"weight.{name}": value.detach() for name, value in dictionary.named_parameters()}
+    for name, parameter in dictionary.named_parameters():
+        tensors |= {f"adam.{name}.{part}": value for part, value in optimiser.state[parameter].items()}
+    head = {"key": files.key(spec), "step": step, "history": history}
+    with files.atomic(path) as temporary:
+        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, temporary)
+        digest = files.sha256(temporary)
+    files.write_json(path.with_suffix(".json"), head | {"sha256": digest})
+
+
+def _restore(path: Path, dictionary: Dictionary, optimiser, spec: dict) -> tuple[int, dict]:
+    """Load the checkpoint at `path` if it is whole and of the same specification; else begin at step 0."""
+    empty = 0, {"train": [], "held_out": []}
+    head_path = path.with_suffix(".json")
+    if not (path.exists() and head_path.exists()):
+        return empty
+    head = files.read_json(head_path)
+    if head["key"] != files.key(spec) or files.sha256(path) != head["sha256"]:
+        return empty
+    tensors = load_file(path)
+    for name, parameter in dictionary.named_parameters():
+        parameter.data.copy_(tensors[f"weight.{name}"])
+        parts = {part: tensors[f"adam.{name}.{part}"].to(parameter.device) for part in ("step", "exp_avg", "exp_avg_sq")}
+        optimiser.state[parameter] = parts
+    return head["step"], head["history"]
