@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 import saelib
 from saelib import files, models
@@ -35,7 +35,9 @@ def plan(rows: TokenRows, rows_per_shard: int) -> list[tuple[str, int, int, int]
     return shards
 
 
-def specification(rows: TokenRows, hook: str, *, coordinates: str, dtype: str, first_position: int, rows_per_shard: int):
+def specification(
+    rows: TokenRows, hook: str, *, coordinates: str, dtype: str, first_position: int, rows_per_shard: int
+):
     """What the activations of one hook depend on. Other hooks of the same run are no part of it."""
     return {
         "saelib": saelib.__version__,
@@ -144,7 +146,9 @@ def _write_shard(folder: Path, name: str, values: torch.Tensor, manifest: dict) 
     files.write_json(folder / "manifest.json", manifest)
 
 
-def forward_for(name: str, *, dtype: torch.dtype, device, compatibility: bool = False) -> Callable[[list[str]], Callable]:
+def forward_for(
+    name: str, *, dtype: torch.dtype, device, compatibility: bool = False
+) -> Callable[[list[str]], Callable]:
     """The `make_forward` of `harvest` for a model name: the bare path in raw coordinates, the bridge in the paper's."""
     if compatibility:
         return lambda hooks: models.bridge_forward(

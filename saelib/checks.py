@@ -2,7 +2,6 @@
 
 import platform
 import random
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,13 +22,11 @@ class Claims:
     The printed line holds the claim's name and its bound, never the measured value, so that it is the same on every
     machine; a failure raises with the values. Bounds come from ``data/expected/<profile>.yaml`` under `notebook`: a bound
     named there (``at_least``, ``at_most``, ``between``, ``near``) is used by `expect`; a claim without a row there is
-    refused, so that a bound cannot be forgotten.
+    refused, so that a bound cannot be forgotten. A profile without a file makes no claims: they are printed as not judged.
     """
 
     def __init__(self, notebook: str, profile: str):
         path = EXPECTED / f"{profile}.yaml"
-        if not path.exists():
-            warnings.warn(f"no bounds for profile '{profile}' ({path}): claims are printed but not judged", stacklevel=2)
         self.bounds = yaml.safe_load(path.read_text()).get(notebook, {}) if path.exists() else None
         self.failures: list[str] = []
 
@@ -100,6 +97,4 @@ def seed_everything(seed: int) -> torch.Generator:
 def environment_line() -> str:
     """Versions, threads and device, for an untagged cell."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
-    return (
-        f"saelib {saelib.__version__}, Python {platform.python_version()}, torch {torch.__version__.split('+')[0]}, {device}"
-    )
+    return f"saelib {saelib.__version__}, Python {platform.python_version()}, torch {torch.__version__.split('+')[0]}, {device}"

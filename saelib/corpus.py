@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from saelib import files, sources
 from saelib.paths import RAW
@@ -69,8 +69,7 @@ def _read_hub(text: str) -> Iterator[dict]:
     if kind == "json":
         name, stream = Path(rest).name, load_dataset("json", data_files=rest, split="train", streaming=True)
     else:
-        name, *more = rest.split(":")
-        configuration, split = (more + [None])[0], (more + [None, "train"])[1]
+        name, configuration, split, *_ = [*rest.split(":"), None, None]
         try:
             stream = load_dataset(name, configuration or None, split=split or "train", streaming=True)
         except Exception as error:  # the library raises many kinds for "not cached and no network"
@@ -115,7 +114,9 @@ def make_rows(
     """
     mark = tokenizer.convert_tokens_to_ids(separator)
     if mark is None or tokenizer.convert_ids_to_tokens(mark) != separator:
-        raise CorpusError(f"separator '{separator}' is no token of this tokenizer; its own EOS is '{tokenizer.eos_token}'")
+        raise CorpusError(
+            f"separator '{separator}' is no token of this tokenizer; its own EOS is '{tokenizer.eos_token}'"
+        )
     body = context - int(row_starts_with_separator)
     wanted = {"train": n_train * body, "held_out": n_held_out * body}
     tokens, owners = {"train": [], "held_out": []}, {"train": [], "held_out": []}
@@ -127,7 +128,7 @@ def make_rows(
             if not encoding.ids:
                 continue  # an empty document holds no tokens; it is not an error and leaves no separator
             split = "held_out" if _share(document, seed + 1) < held_out_share else "train"
-            ids = encoding.ids + [mark]
+            ids = [*encoding.ids, mark]
             tokens[split].append(torch.tensor(ids, dtype=torch.int32))
             owners[split].append(torch.full((len(ids),), len(names), dtype=torch.int32))
             names.append(f"{document['source']}/{document['id']}")

@@ -127,8 +127,15 @@ def save(dictionary: Dictionary, path: Path, **about) -> None:
     """
     path.with_suffix(".json").unlink(missing_ok=True)
     with files.atomic(path) as temporary:
-        save_file({name: value.detach().cpu().contiguous() for name, value in dictionary.state_dict().items()}, temporary)
-    head = {"kind": dictionary.kind, "n_features": dictionary.n_features, "d": dictionary.d, "sha256": files.sha256(path)}
+        save_file(
+            {name: value.detach().cpu().contiguous() for name, value in dictionary.state_dict().items()}, temporary
+        )
+    head = {
+        "kind": dictionary.kind,
+        "n_features": dictionary.n_features,
+        "d": dictionary.d,
+        "sha256": files.sha256(path),
+    }
     files.write_json(path.with_suffix(".json"), head | about)
 
 

@@ -30,8 +30,8 @@ def hand_gradient(dictionary: Dictionary, x: Tensor, alpha: float, dtype: torch.
         grad D = c^T r,   grad E = g^T x,   grad b = sum of g over the batch
 
     and for a matrix of unit rows M = W / ||W|| the chain rule gives (grad M - (grad M . M) M) / ||W||. Tied: D = E = M.
-    Products run in `dtype`, sums over the weights in float32. `x` [batch, d] is standardised. Returns ``error`` (0-d) and ``code``
-    [batch, n_features] of this batch. Equal to autograd (tests/test_losses.py); tests/benchmarks/bench_step.py times it.
+    Products run in `dtype`, sums over the weights in the weights' own. `x` [batch, d] is standardised. Returns ``error``
+    (0-d) and ``code`` [batch, n_features]. Equal to autograd (tests/test_losses.py); timed by tests/benchmarks/bench_step.py.
     """
     tied = dictionary.kind == "tied"
     batch, d = x.shape

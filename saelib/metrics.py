@@ -9,7 +9,9 @@ from torch import Tensor
 
 from saelib.dictionaries import Dictionary
 
-GROUP = 255  # held-out activations that share a context: the unit of the bootstrap, since neighbours are not independent
+GROUP = (
+    255  # held-out activations that share a context: the unit of the bootstrap, since neighbours are not independent
+)
 
 
 @dataclass(frozen=True)

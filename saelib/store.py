@@ -30,7 +30,9 @@ class ActivationStore:
     def __init__(self, folder: Path, split: str = "train", *, outlier_factor: float | None = 10.0, verify: bool = True):
         self.manifest = files.read_json(require(folder / "manifest.json", "01_collect_activations"))
         if not self.manifest["complete"]:
-            raise HarvestError(f"{folder}: the harvest was not finished. Run notebook 01 again: it goes on where it stopped")
+            raise HarvestError(
+                f"{folder}: the harvest was not finished. Run notebook 01 again: it goes on where it stopped"
+            )
         self.folder, self.split, self.outlier_factor = folder, split, outlier_factor
         self.hook, self.d = self.manifest["spec"]["hook"], self.manifest["d"]
         self.dtype = getattr(torch, self.manifest["spec"]["dtype"])

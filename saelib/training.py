@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 import saelib
 from saelib import dictionaries, files, metrics
@@ -16,6 +16,7 @@ from saelib.losses import hand_gradient
 from saelib.store import ActivationStore
 
 LOG_EVERY = 25  # steps between two readings of the loss: reading waits for the device
+EVALUATION_ROWS = 10_000  # held-out activations of the evaluations during training
 
 
 class TrainingError(RuntimeError):
@@ -55,7 +56,9 @@ class TrainConfig:
         if self.kind not in dictionaries.KINDS:
             raise ValueError(f"kind '{self.kind}' is none of {', '.join(dictionaries.KINDS)}")
         if min(self.ratio, self.lr, self.batch_size, self.passes) <= 0 or min(self.alpha, self.warmup_steps) < 0:
-            raise ValueError(f"ratio, lr, batch_size and passes must be positive, alpha and warmup_steps not negative: {self}")
+            raise ValueError(
+                f"ratio, lr, batch_size and passes must be positive, alpha and warmup_steps not negative: {self}"
+            )
         if not 0 <= self.decay <= 1:
             raise ValueError(f"decay is a share of all steps, 0 to 1, not {self.decay}")
 
@@ -94,15 +97,15 @@ def train(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     evaluations_per_pass: int = 1,
-    evaluation_rows: int = 10_000,
     checkpoint_every: int = 500,
     announce: Callable[[str], None] = print,
     position: str = "",
 ) -> tuple[Dictionary, dict]:
     """Train one dictionary on `store` into ``folder/<config.name>.safetensors``; return it and its description.
 
-    The description holds the specification, ``history`` (at every 25th step the mean error since the last one, and
-    sparsity and l0 of the batch; held-out ``fvu`` and ``l0`` on `evaluation_rows` activations, `evaluations_per_pass` times a pass) and ``metrics``.
+    The description holds the specification, ``history`` and ``metrics`` (`metrics.Evaluation`). The history has, at every
+    25th step, the mean error since the last one, and sparsity and l0 of the batch; and held-out ``fvu`` and ``l0`` on
+    10,000 activations, `evaluations_per_pass` times a pass.
     A finished dictionary of the same specification is loaded, not trained. A checkpoint is written every
     `checkpoint_every` steps; a killed run goes on from it and ends with the same bytes.
 
@@ -126,8 +129,9 @@ def train(
     total = per_pass * config.passes
     n_evaluations = evaluations_per_pass * config.passes
     evaluate_at = {round(total * k / n_evaluations) for k in range(1, n_evaluations + 1)}
-    evaluation = next(held_out.chunks(evaluation_rows)).to(device)
+    evaluation = next(held_out.chunks(EVALUATION_ROWS)).to(device)
     label, errors = f"{position}{config.name}", []
+    keep_every = max(checkpoint_every // LOG_EVERY, 1) * LOG_EVERY
     with tqdm(total=total, initial=step, desc=label, unit="step", mininterval=0.5, leave=False) as bar:
         while step < total:
             epoch, within = divmod(step, per_pass)
@@ -147,7 +151,7 @@ def train(
                 if step in evaluate_at:
                     history["held_out"].append(_held_out(step, dictionary, evaluation))
                 # only right after the loss was read and found finite, so that a checkpoint is always a good one
-                if not errors and step < total and step % max(checkpoint_every // LOG_EVERY * LOG_EVERY, LOG_EVERY) == 0:
+                if not errors and step % keep_every == 0 and step < total:
                     _keep(checkpoint, dictionary, optimiser, spec, step, history)
     final = metrics.evaluate(dictionary, held_out.chunks(8192), held_out.mean.to(device))
     about = {"spec": spec, "history": history, "metrics": asdict(final)}
@@ -187,10 +191,9 @@ def _log(history: dict, step: int, errors: list, code: torch.Tensor, bar: tqdm, 
     for number, error in enumerate(read):
         if not math.isfinite(error):
             kept = f"the checkpoint {checkpoint} is kept" if checkpoint.exists() else "no checkpoint was written yet"
-            raise TrainingError(
-                f"the loss was not finite at step {step - len(read) + number + 1} of {checkpoint.name.split('.checkpoint')[0]}; "
-                f"{kept}. Lower the learning rate, or look for activations that are not finite"
-            )
+            at = f"step {step - len(read) + number + 1} of {checkpoint.name.removesuffix('.checkpoint.safetensors')}"
+            advice = "Lower the learning rate, or look for activations that are not finite"
+            raise TrainingError(f"the loss was not finite at {at}; {kept}. {advice}")
     row = {
         "step": step,
         "error": sum(read) / len(read),
@@ -231,6 +234,8 @@ def _restore(path: Path, dictionary: Dictionary, optimiser, spec: dict) -> tuple
     tensors = load_file(path)
     for name, parameter in dictionary.named_parameters():
         parameter.data.copy_(tensors[f"weight.{name}"])
-        parts = {part: tensors[f"adam.{name}.{part}"].to(parameter.device) for part in ("step", "exp_avg", "exp_avg_sq")}
+        parts = {
+            part: tensors[f"adam.{name}.{part}"].to(parameter.device) for part in ("step", "exp_avg", "exp_avg_sq")
+        }
         optimiser.state[parameter] = parts
     return head["step"], head["history"]

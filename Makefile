@@ -1,0 +1,63 @@
+# Two commands matter: `make replicate` and `make test`. Each sets up .venv first, by itself. `make` alone lists the targets.
+PROFILE ?= laptop
+PYTHON ?= python3
+CORES ?= $(shell getconf _NPROCESSORS_ONLN)
+VENV := .venv
+BIN := $(VENV)/bin
+RUNS := $(if $(SAELIB_DATA),$(SAELIB_DATA),data)/runs
+SNAKEMAKE = $(BIN)/snakemake --snakefile workflow/Snakefile --directory $(RUNS) --cores $(CORES) --config profile=$(PROFILE) --quiet rules host
+export HF_HUB_OFFLINE ?= 1
+export PYTHONUTF8 := 1
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help replicate test unit pipeline nbval data figures refresh bench lint lab clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@echo; echo "profiles (PROFILE=...): $(basename $(notdir $(wildcard notebooks/profiles/*.yaml)))"
+
+$(VENV)/installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than Python 3.11; give another one: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on -r requirements.lock
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+data: $(VENV)/installed  ## fetch and verify the pinned text and model (once, about 140 MB)
+	@$(BIN)/python -m saelib.sources
+
+replicate: data  ## run all notebooks under PROFILE, as far as they are not current
+	@mkdir -p $(RUNS)
+	@$(SNAKEMAKE) && echo "all notebooks of profile $(PROFILE) are current: $(RUNS)/$(PROFILE)/notebooks"
+
+figures: data  ## make the figures of PROFILE again from what is already computed
+	@mkdir -p $(RUNS)
+	@$(SNAKEMAKE) --forceall
+
+refresh: replicate  ## put the executed notebooks of the laptop profile into notebooks/, for a commit
+	@test $(PROFILE) = laptop || { echo "error: only the laptop profile's outputs are committed"; exit 1; }
+	cp $(RUNS)/laptop/notebooks/[0-9]*[a-z].ipynb notebooks/
+
+test: unit pipeline nbval  ## everything below: unit tests, smoke pipeline, committed notebooks
+
+unit: data  ## unit tests and notebook lint (under 90 s)
+	$(BIN)/python -m pytest
+
+pipeline: data  ## the smoke profile end to end in a temporary folder
+	$(BIN)/python -m pytest -m pipeline
+
+nbval: data  ## run the committed notebooks and compare their checked cells
+	$(BIN)/python -m pytest -m notebooks
+
+bench: data  ## the benchmarks of tests/benchmarks, each against its limit or rival in the same run
+	$(BIN)/python -m tests.benchmarks
+
+lint: $(VENV)/installed  ## what pre-commit checks, on all files
+	$(BIN)/pre-commit run --all-files
+
+lab: data  ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab notebooks
+
+clean:  ## delete the run of PROFILE; fetched sources stay
+	rm -rf $(RUNS)/$(PROFILE)

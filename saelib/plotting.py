@@ -1,0 +1,194 @@
+"""One look for all figures, one function per figure, one way to save. Plot functions take data and axes, return axes."""
+
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import matplotlib.ticker
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+
+from saelib import files
+from saelib.paths import FIGURES
+
+NARROW, WIDE = (3.3, 2.6), (6.8, 2.8)  # inches: one column, two columns
+
+#: A method keeps its colour and marker in every figure. Learned dictionaries are blue to green, baselines grey to orange.
+COLOURS = {"tied": "#1f5fa8", "untied": "#2a9d8f", "pca": "#e08a2e", "random": "#7f7f7f"}
+MARKERS = {"tied": "o", "untied": "s", "pca": "^", "random": "x"}
+LABELS = {"tied": "tied (the paper's)", "untied": "untied", "pca": "PCA", "random": "random directions"}
+
+
+def use_style() -> None:
+    """Set matplotlib's defaults; call once per notebook."""
+    mpl.rcParams.update(
+        {
+            "figure.dpi": 110,
+            "savefig.dpi": 200,
+            "figure.constrained_layout.use": True,
+            "font.size": 8,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.color": "#e6e6e6",
+            "legend.frameon": False,
+            "lines.markersize": 4,
+            "svg.hashsalt": "saelib",  # the same figure gives the same file
+            "svg.fonttype": "none",
+        }
+    )
+
+
+def save(figure: Figure, stem: str, table: pd.DataFrame, *, profile: str, **about) -> None:
+    """Write ``figures/<profile>/<stem>`` as .png, .svg and .csv (the plotted numbers, `about` in its head)."""
+    folder = FIGURES / profile
+    for ending, options in ((".png", {}), (".svg", {"metadata": {"Date": None}})):
+        with files.atomic(folder / f"{stem}{ending}") as temporary:
+            figure.savefig(temporary, format=ending[1:], **options)
+    head = "".join(f"# {name}: {value}\n" for name, value in ({"profile": profile} | about).items())
+    with files.atomic(folder / f"{stem}.csv") as temporary:
+        Path(temporary).write_text(head + table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+
+
+def _shades(values: list[float], name: str = "viridis") -> dict[float, tuple]:
+    """A colour for each of the sorted `values`, dark to light."""
+    ordered = sorted(set(values))
+    return dict(zip(ordered, mpl.colormaps[name](np.linspace(0.05, 0.85, len(ordered))), strict=True))
+
+
+def plain_log(axis) -> None:
+    """Ticks at 1, 2 and 5 times the powers of ten, written as plain numbers, on a logarithmic axis."""
+    axis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(mpl.ticker.StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(mpl.ticker.NullFormatter())
+
+
+def fig6_tradeoff(table: pd.DataFrame, axes: Axes) -> Axes:
+    """Paper Figure 6: FVU against mean L0, one line per kind and ratio, a point per alpha.
+
+    `table` has kind, ratio, alpha, l0, fvu and fvu_interval.
+    """
+    ratios = _shades(table["ratio"].tolist())
+    for (kind, ratio), part in table.sort_values("l0").groupby(["kind", "ratio"]):
+        error = np.abs(np.array(part["fvu_interval"].tolist()).T - part["fvu"].to_numpy())
+        style = {"color": ratios[ratio] if kind == "tied" else COLOURS[kind], "marker": MARKERS[kind]}
+        axes.errorbar(part["l0"], part["fvu"], yerr=error, label=f"{LABELS[kind]}, R = {ratio:g}", lw=1.2, **style)
+    main = table[(table["kind"] == "tied") & table.groupby(["kind", "ratio"])["alpha"].transform("count").gt(2)]
+    for _, row in main.iterrows():
+        offset = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 6.5, "color": "#444444"}
+        axes.annotate(f"α = {row['alpha']:g}", (row["l0"], row["fvu"]), **offset)
+    axes.set(xscale="log", xlabel="mean number of active features, L0 (log scale)", ylabel="unexplained variance, FVU")
+    plain_log(axes.xaxis)
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    return axes
+
+
+def fig7_convergence(table: pd.DataFrame, axes: tuple[Axes, Axes]) -> tuple[Axes, Axes]:
+    """Paper Figure 7: held-out FVU (left) and L0 (right) against activations seen, one line per alpha.
+
+    `table` has alpha, activations, fvu, l0.
+    """
+    shades = _shades(table["alpha"].tolist(), "plasma")
+    for alpha, part in table.groupby("alpha"):
+        for axis, column in zip(axes, ("fvu", "l0"), strict=True):
+            axis.plot(
+                part["activations"] / 1e3, part[column], color=shades[alpha], marker="o", ms=2.5, label=f"{alpha:g}"
+            )
+    axes[0].set(ylabel="unexplained variance, FVU")
+    axes[1].set(ylabel="active features, L0 (log scale)", yscale="log")
+    for axis in axes:
+        axis.set_xlabel("activations seen (thousands)")
+    plain_log(axes[1].yaxis)
+    axes[1].legend(title="α", loc="center left", bbox_to_anchor=(1, 0.5))
+    return axes
+
+
+def x_one_dictionary(history: pd.DataFrame, axes: tuple[Axes, Axes]) -> tuple[Axes, Axes]:
+    """One dictionary while it trains: reconstruction error (left) and L0 (right) of the batches, against steps."""
+    for axis, column in zip(axes, ("error", "l0"), strict=True):
+        axis.plot(history["step"], history[column], color=COLOURS["tied"], lw=1)
+        axis.set(xlabel="training step", yscale="log")
+        plain_log(axis.yaxis)
+    axes[0].set_ylabel("reconstruction error (log scale)")
+    axes[1].set_ylabel("active features, L0 (log scale)")
+    return axes
+
+
+def x_norms(table: pd.DataFrame, axes: Axes) -> Axes:
+    """Norms of the activations of each hook: median, 1st and 99th percentile, and the largest. Columns as named."""
+    places = np.arange(len(table))
+    spread = np.abs(table[["p1", "p99"]].to_numpy().T - table["median"].to_numpy())
+    axes.errorbar(
+        places, table["median"], yerr=spread, fmt="o", color=COLOURS["tied"], label="median, 1% to 99%", capsize=2
+    )
+    axes.plot(places, table["largest"], "x", color=COLOURS["pca"], label="largest")
+    axes.set_xticks(places, ["layer {1}\n{2}".format(*hook.split(".", 2)) for hook in table["hook"]], fontsize=6.5)
+    axes.margins(x=0.15)
+    axes.set(yscale="log", ylabel="norm of an activation (log scale)")
+    plain_log(axes.yaxis)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    return axes
+
+
+def x_spectrum(table: pd.DataFrame, axes: Axes) -> Axes:
+    """Share of variance held by the k largest coordinates of the default basis, per hook. Columns hook, k, share."""
+    for colour, (hook, part) in zip(
+        _shades(range(table["hook"].nunique())).values(), table.groupby("hook"), strict=True
+    ):
+        axes.plot(
+            part["k"], part["share"], color=colour, label="layer " + hook.removeprefix("blocks.").replace(".", ", ", 1)
+        )
+    axes.set(xscale="log", xlabel="number of coordinates, largest first (log scale)", ylabel="share of the variance")
+    plain_log(axes.xaxis)
+    axes.set_ylim(0, 1.02)
+    axes.legend(fontsize=7)
+    return axes
+
+
+def x_toy_recovery(table: pd.DataFrame, axes: Axes) -> Axes:
+    """Toy data: histogram over true features of the largest cosine with a direction of each method (method, cosine)."""
+    bins = np.linspace(0, 1, 41)
+    for method, part in table.groupby("method", sort=False):
+        label = f"{LABELS[method]}, mean {part['cosine'].mean():.2f}"
+        axes.hist(part["cosine"], bins=bins, color=COLOURS[method], alpha=0.6, label=label)
+    axes.set(xlabel="largest cosine of a true feature with a learned direction", ylabel="number of true features")
+    axes.legend()
+    return axes
+
+
+def x_toy_training(table: pd.DataFrame, axes: Axes) -> Axes:
+    """Toy data: MMCS of the true features while the autoencoder trains. Columns step, mmcs, and the level of PCA."""
+    axes.plot(table["step"], table["mmcs"], color=COLOURS["tied"], label=LABELS["tied"])
+    axes.axhline(table["pca"].iloc[0], color=COLOURS["pca"], ls="--", label=LABELS["pca"])
+    axes.set(xlabel="training step", ylabel="MMCS with the true features")
+    axes.set_ylim(0, 1.02)
+    axes.legend()
+    return axes
+
+
+def x_pipeline(steps: pd.DataFrame, axes: Axes) -> Axes:
+    """The pipeline as boxes from left to right. Columns: title, text, notebook."""
+    for place, row in enumerate(steps.itertuples()):
+        learned = row.title == "dictionary"
+        face = "#dbe8f6" if learned else "#f4f4f4"
+        axes.add_patch(
+            FancyBboxPatch((place * 1.25, 0), 1, 1, boxstyle="round,pad=0.02", fc=face, ec="#555555", lw=0.8)
+        )
+        axes.text(place * 1.25 + 0.5, 0.8, row.title, ha="center", va="center", weight="bold")
+        axes.text(place * 1.25 + 0.5, 0.45, row.text, ha="center", va="center", fontsize=7)
+        axes.text(place * 1.25 + 0.5, -0.15, row.notebook, ha="center", va="center", fontsize=7, color="#555555")
+        if place:
+            axes.annotate("", (place * 1.25 - 0.04, 0.5), (place * 1.25 - 0.21, 0.5), arrowprops={"arrowstyle": "->"})
+    axes.set(xlim=(-0.1, len(steps) * 1.25 - 0.15), ylim=(-0.3, 1.1))
+    axes.axis("off")
+    return axes
+
+
+def show(figure: Figure) -> None:
+    """Show a figure in the notebook and close it."""
+    plt.show()
+    plt.close(figure)

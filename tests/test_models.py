@@ -1,0 +1,121 @@
+"""Two ways to an activation agree, in two architectures; and what does not exist is refused with what does."""
+
+import pytest
+import torch
+
+from saelib import models
+
+ALL_KINDS = [
+    "blocks.0.hook_resid_post",
+    "blocks.1.hook_resid_post",
+    "blocks.1.hook_mlp_out",
+    "blocks.1.mlp.hook_post",
+    "blocks.1.attn.hook_z",
+]
+
+
+@pytest.fixture(params=["llama", "neox"])
+def folder(request) -> str:
+    return request.getfixturevalue(request.param)
+
+
+def test_the_bare_and_the_bridge_forward_give_the_same_activations(folder, rows):
+    tokens = rows.train[:6]
+    bare = models.bare_forward(folder, ALL_KINDS)(tokens)
+    bridge = models.bridge_forward(models.load_model(folder), ALL_KINDS)(tokens)
+    assert set(bare) == set(bridge) == set(ALL_KINDS)
+    for hook in ALL_KINDS:
+        assert bare[hook].shape == bridge[hook].shape == (6, 16, bare[hook].shape[2])
+        assert bare[hook].abs().mean() > 1e-3
+        torch.testing.assert_close(bare[hook], bridge[hook], rtol=1e-5, atol=1e-5)
+
+
+def test_hooks_have_the_widths_of_the_model(llama, rows):
+    found = models.bare_forward(llama, ALL_KINDS)(rows.train[:1])
+    assert [found[hook].shape[-1] for hook in ALL_KINDS] == [32, 32, 32, 48, 32]
+
+
+def test_a_hook_has_the_same_values_alone_and_among_others(folder, rows):
+    alone = models.bare_forward(folder, ALL_KINDS[:1])(rows.train[:2])
+    assert torch.equal(alone[ALL_KINDS[0]], models.bare_forward(folder, ALL_KINDS)(rows.train[:2])[ALL_KINDS[0]])
+
+
+def test_the_last_blocks_output_is_what_the_models_own_code_gives(folder, rows):
+    """Only the blocks up to the hook are loaded; transformers' hidden states of the whole model are the reference."""
+    from transformers import AutoModelForCausalLM
+
+    whole = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.inference_mode():
+        expected = whole(rows.train[:2], output_hidden_states=True).hidden_states[1]  # after block 0
+    found = models.bare_forward(folder, ["blocks.0.hook_resid_post"])(rows.train[:2])["blocks.0.hook_resid_post"]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_compatibility_mode_centres_the_residual_stream(neox, rows):
+    hook = "blocks.1.hook_resid_post"
+    raw = models.bridge_forward(models.load_model(neox), [hook])(rows.train[:4])[hook]
+    paper = models.bridge_forward(models.load_model(neox, compatibility=True), [hook])(rows.train[:4])[hook]
+    assert raw.mean(-1).abs().max() > 1e-2
+    assert paper.mean(-1).abs().max() < 1e-5
+    torch.testing.assert_close(paper, raw - raw.mean(-1, keepdim=True), rtol=1e-4, atol=1e-4)
+
+
+def test_activations_come_in_the_dtype_asked_for(llama, rows):
+    hook = "blocks.0.hook_resid_post"
+    assert models.bare_forward(llama, [hook], dtype=torch.bfloat16)(rows.train[:1])[hook].dtype == torch.bfloat16
+
+
+def test_the_tokenizer_of_a_folder_is_loaded(llama, tokenizer):
+    assert models.load_tokenizer(llama).get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("load", [models.load_model, models.load_tokenizer, models.locate])
+def test_a_missing_model_folder_is_named_with_what_a_model_is(tmp_path, load):
+    with pytest.raises(models.ModelError, match=r"no model at '.*nowhere'.*config\.json.*owner/name.*smollm2"):
+        load(str(tmp_path / "nowhere"))
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(models.ModelError, match=r"holds config\.json"):
+        models.locate(str(tmp_path))
+
+
+def test_a_folder_without_weights_is_refused_by_name(llama, tmp_path):
+    (tmp_path / "config.json").write_text((models.Path(llama) / "config.json").read_text())
+    with pytest.raises(models.ModelError, match=f"cannot load '{tmp_path}'"):
+        models.load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("load", [models.load_model, models.load_tokenizer, lambda name: models.bare_forward(name, [])])
+def test_a_hub_name_without_network_says_what_to_do(load):
+    with pytest.raises(models.ModelError, match=r"cannot load 'nobody/no-such-model'.*copy its folder here"):
+        load("nobody/no-such-model")
+
+
+def test_a_layer_that_does_not_exist_lists_what_exists(llama):
+    with pytest.raises(models.ModelError, match=r"blocks\.3\.hook_resid_post.*layers 0 to 2"):
+        models.bare_forward(llama, ["blocks.0.hook_resid_post", "blocks.3.hook_resid_post"])
+    with pytest.raises(models.ModelError, match="layers 0 to 2"):
+        models.bridge_forward(models.load_model(llama), ["blocks.3.hook_resid_post"])
+
+
+@pytest.mark.parametrize(
+    "hook", ["blocks.0.nonsense", "blocks.0", "blocks", "", "hook_embed", "blocks.-1.hook_mlp_out"]
+)
+def test_an_unknown_site_lists_the_sites(hook):
+    with pytest.raises(models.ModelError) as caught:
+        models.parse_hook(hook, 2)
+    for part in (f"'{hook}'", *models.HOOKS):
+        assert part in str(caught.value)
+
+
+def test_a_hook_is_parsed_into_layer_and_site():
+    assert models.parse_hook("blocks.11.mlp.hook_post", 12) == (11, "mlp.hook_post")
+
+
+def test_dtypes_by_name():
+    assert models.as_dtype("float32") is torch.float32
+    assert models.as_dtype("bfloat16") is torch.bfloat16
+    assert models.as_dtype("float16") is torch.float16
+    assert models.as_dtype("auto") is models.fast_dtype("cpu")
+    assert models.fast_dtype("cpu") in (torch.float32, torch.bfloat16)

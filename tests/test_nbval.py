@@ -1,0 +1,62 @@
+"""nbval over the committed notebooks, and proof that it fails when a claim's code is altered."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from saelib.paths import NOTEBOOKS, RAW, ROOT
+
+
+def nbval(data: Path, *notebooks: Path) -> subprocess.CompletedProcess:
+    """Run the notebooks in the order given, with data and figures in `data`, so that the checkout stays clean."""
+    if not (data / "raw").exists():
+        (data / "raw").symlink_to(RAW)
+    command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout", "1800"]
+    command += ["--nbval-sanitize-with", ROOT / "tests/nbval_sanitize.cfg", "-p", "no:cacheprovider"]
+    command += ["--rootdir", data, "-c", os.devnull, *notebooks]
+    environment = os.environ | {"SAELIB_DATA": str(data), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.notebooks
+def test_the_committed_notebooks_run_and_their_checked_cells_agree(tmp_path):
+    done = nbval(tmp_path, *sorted(NOTEBOOKS.glob("[0-9]*.ipynb")))
+    assert done.returncode == 0, done.stdout[-6000:]
+
+
+def altered(tmp_path, old, new):
+    """A copy of notebook 00 with `old` replaced by `new` in its code, short enough to run in seconds."""
+    notebook = nbformat.read(NOTEBOOKS / "00_overview.ipynb", as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.source = cell.source.replace("seeds = [0, 1, 2]", "seeds = [0]").replace(old, new)
+    path = tmp_path / "00_overview.ipynb"
+    nbformat.write(notebook, path)
+    return path
+
+
+@pytest.mark.pipeline
+def test_nbval_fails_when_a_claims_code_is_altered(tmp_path):
+    done = nbval(tmp_path, altered(tmp_path, 'results["autoencoder"].min()', 'results["pca"].min()'))
+    assert done.returncode == 1
+    assert "ClaimFailed" in done.stdout and "MMCS of the sparse autoencoder, worst seed" in done.stdout
+
+
+@pytest.mark.pipeline
+def test_nbval_fails_when_a_checked_output_changes(tmp_path):
+    done = nbval(tmp_path, altered(tmp_path, "true_features=world.features", "true_features=world.features[:-1]"))
+    assert done.returncode == 1
+    assert "127 x 64" in done.stdout
+
+
+@pytest.mark.pipeline
+def test_nbval_passes_on_a_copy_that_is_not_altered_but_for_the_number_of_seeds(tmp_path):
+    """The two tests above fail for the reason that they name: only the card's count of seeds differs here."""
+    done = nbval(tmp_path, altered(tmp_path, "seeds=len(seeds)", "seeds=3"))
+    assert done.returncode == 0, done.stdout[-3000:]
+    shutil.rmtree(tmp_path / "figures")

@@ -1,0 +1,82 @@
+"""The smoke profile end to end in a temporary data folder, as `make replicate PROFILE=smoke` runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from saelib.paths import RAW, ROOT
+
+pytestmark = pytest.mark.pipeline
+STEMS = ["00_overview", "01_collect_activations", "02_train_dictionaries"]
+
+
+def snakemake(data: Path, *extra: str, profile: str = "smoke") -> str:
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--snakefile",
+        ROOT / "workflow/Snakefile",
+        "--directory",
+        data / "runs",
+    ]
+    command += ["--cores", str(os.cpu_count()), "--config", f"profile={profile}", *extra]
+    environment = os.environ | {"SAELIB_DATA": str(data), "HF_HUB_OFFLINE": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    return f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    data = tmp_path_factory.mktemp("data")
+    (data / "raw").symlink_to(RAW)
+    (data / "runs").mkdir()
+    log = snakemake(data)
+    assert log.startswith("exit 0"), log[-4000:]
+    return data
+
+
+def modified(data):
+    return {stem: (data / "runs/smoke/metrics" / f"{stem}.json").stat().st_mtime_ns for stem in STEMS}
+
+
+def test_smoke_makes_executed_notebooks_metrics_and_figures(smoke):
+    for stem in STEMS:
+        cells = nbformat.read(smoke / "runs/smoke/notebooks" / f"{stem}.ipynb", as_version=4).cells
+        counts = [cell.execution_count for cell in cells if cell.cell_type == "code"]
+        assert counts == list(range(1, len(counts) + 1))
+        assert json.loads((smoke / "runs/smoke/metrics" / f"{stem}.json").read_text())["profile"] == "smoke"
+    assert (smoke / "figures/smoke/fig6_tradeoff.png").stat().st_size > 10_000
+    # the notebooks of the repository and its figures are not touched by a moved data folder
+    assert not (smoke / "runs/smoke/notebooks/02_train_dictionaries.failed.ipynb").exists()
+
+
+def test_a_second_run_does_nothing(smoke):
+    before = modified(smoke)
+    log = snakemake(smoke)
+    assert log.startswith("exit 0") and "Nothing to be done" in log
+    assert modified(smoke) == before
+
+
+def test_a_changed_parameter_reruns_what_depends_on_it_and_nothing_else(smoke, tmp_path):
+    before = modified(smoke)
+    profile = ROOT / "notebooks/profiles/smoke.yaml"
+    changed = tmp_path / "smoke.yaml"
+    changed.write_text(profile.read_text() + "  lr: 0.002\n")  # the last section is that of notebook 02
+    log = snakemake(smoke, f"profiles={tmp_path}")
+    assert log.startswith("exit 0"), log[-4000:]
+    after = modified(smoke)
+    assert {stem for stem in STEMS if after[stem] != before[stem]} == {"02_train_dictionaries"}
+
+
+def test_an_unknown_profile_stops_before_anything_runs(smoke):
+    log = snakemake(smoke, profile="laptob")
+    assert not log.startswith("exit 0")
+    assert "no profile 'laptob': known profiles are" in log and "laptop" in log
+    assert not (smoke / "runs/laptob").exists()
