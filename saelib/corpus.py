@@ -1,12 +1,14 @@
 """From text to token rows: read documents, keep them apart, split them into train and held-out, cut them into rows."""
 
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import zstandard
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -50,37 +52,57 @@ def read_documents(text: str, raw: Path = RAW) -> Iterator[dict]:
         return _read_hub(text)
     path = Path(text).expanduser()
     if path.is_dir():
-        return ({"source": path.name, "id": p.name, "text": p.read_text("utf-8")} for p in sorted(path.glob("*.txt")))
+        return map(_read_file, sorted(path.glob("*.txt")))
     if path.suffix == ".txt" and path.exists():
-        return iter([{"source": path.stem, "id": path.name, "text": path.read_text("utf-8")}])
-    if path.name.endswith((".jsonl", ".jsonl.zst", ".jsonl.gz")) and path.exists():
-        return _read_hub(f"json:{path}")
+        return iter([_read_file(path)])
+    if path.name.endswith((".jsonl", ".jsonl.zst")) and path.exists():
+        return _read_json_lines(path)
     raise CorpusError(
         f"no text at '{text}': known corpora are {', '.join(corpora)}; otherwise give an existing .txt, .jsonl or "
         ".jsonl.zst file, a folder of .txt files, or hub:owner/name"
     )
 
 
+def _read_file(path: Path) -> dict:
+    try:
+        return {"source": path.parent.name, "id": path.name, "text": path.read_text("utf-8")}
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{path} is not UTF-8 text ({error}); convert it first") from error
+
+
+def _read_json_lines(path: Path) -> Iterator[dict]:
+    """Records of a ``.jsonl`` or ``.jsonl.zst`` file, one line in memory at a time."""
+    with open(path, "rb") as raw:
+        stream = zstandard.ZstdDecompressor().stream_reader(raw) if path.suffix == ".zst" else raw
+        for number, line in enumerate(io.TextIOWrapper(stream, encoding="utf-8")):
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise CorpusError(f"{path}, line {number + 1} is not JSON: {error}") from error
+            yield _as_document(record, path.name, number)
+
+
 def _read_hub(text: str) -> Iterator[dict]:
-    """Stream a Hub data set (``hub:``) or a local JSON-lines file (``json:``) through `datasets`."""
+    """Stream a Hub data set, ``hub:owner/name[:configuration][:split]``, through `datasets`."""
     from datasets import load_dataset
 
-    kind, _, rest = text.partition(":")
-    if kind == "json":
-        name, stream = Path(rest).name, load_dataset("json", data_files=rest, split="train", streaming=True)
-    else:
-        name, configuration, split, *_ = [*rest.split(":"), None, None]
-        try:
-            stream = load_dataset(name, configuration or None, split=split or "train", streaming=True)
-        except Exception as error:  # the library raises many kinds for "not cached and no network"
-            raise CorpusError(
-                f"cannot open the Hub data set {name} ({type(error).__name__}: {error}). Without a network, save it as "
-                "JSON lines with a 'text' field and give that file's path instead"
-            ) from error
-    for number, row in enumerate(stream):
-        if "text" not in row:
-            raise CorpusError(f"{name}, record {number}: no field 'text', only {', '.join(row)}")
-        yield {"source": name, "id": str(number), "text": row["text"] or ""}
+    name, configuration, split, *_ = [*text.removeprefix("hub:").split(":"), None, None]
+    try:
+        stream = load_dataset(name, configuration or None, split=split or "train", streaming=True)
+    except Exception as error:  # the library raises many kinds for "not cached and no network"
+        raise CorpusError(
+            f"cannot open the Hub data set {name} ({type(error).__name__}: {error}). Without a network, save it as "
+            "JSON lines with a 'text' field and give that file's path instead"
+        ) from error
+    for number, record in enumerate(stream):
+        yield _as_document(record, name, number)
+
+
+def _as_document(record: dict, source: str, number: int) -> dict:
+    if not (isinstance(record, dict) and isinstance(record.get("text"), str)):
+        found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        raise CorpusError(f"{source}, record {number}: wants a field 'text' that holds text; it has {found}")
+    return {"source": source, "id": str(number), "text": record["text"]}
 
 
 def _share(document: dict, seed: int) -> float:
@@ -121,7 +143,9 @@ def make_rows(
     wanted = {"train": n_train * body, "held_out": n_held_out * body}
     tokens, owners = {"train": [], "held_out": []}, {"train": [], "held_out": []}
     have, names, by_source = {"train": 0, "held_out": 0}, [], {}
-    # nothing is cut here, so the tokenizer's warning about its model's length would mislead
+    # the backend does not warn about its model's length (nothing is cut here), and what looks like a special token in a
+    # text is text
+    tokenizer.backend_tokenizer.encode_special_tokens = True
     encode = tokenizer.backend_tokenizer.encode_batch
     for batch in _batches(tqdm(documents, desc="tokenise", unit="doc", mininterval=0.5), 64):
         for document, encoding in zip(batch, encode([d["text"] for d in batch], add_special_tokens=False), strict=True):
@@ -178,7 +202,8 @@ def token_rows(folder: Path, text: str, tokenizer, *, model: str, raw: Path = RA
         origin["reader"] = sources.READER_VERSION
     else:
         path = Path(text).expanduser()
-        origin = {text: files.sha256(path) if path.is_file() else ""}
+        parts = sorted(path.glob("*.txt")) if path.is_dir() else [path] if path.exists() else []
+        origin = {part.name: files.sha256(part) for part in parts}
     spec = {"text": text, "origin": origin, "model": model, **settings}
     table, head = folder / "tokens.safetensors", folder / "tokens.json"
     if head.exists() and table.exists():

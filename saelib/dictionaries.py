@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from saelib import files
+from saelib.paths import require
 
 
 class DictionaryError(ValueError):
@@ -141,7 +142,7 @@ def save(dictionary: Dictionary, path: Path, **about) -> None:
 
 def load(path: Path, *, device: torch.device | str = "cpu") -> tuple[Dictionary, dict]:
     """Read a dictionary and its .json. Raises `DictionaryError` for another kind, shape or an altered file."""
-    about = files.read_json(path.with_suffix(".json"))
+    about = files.read_json(require(path.with_suffix(".json"), "02_train_dictionaries"))
     if about["kind"] not in KINDS:
         raise DictionaryError(f"{path}: unknown kind '{about['kind']}'; known are {', '.join(KINDS)}")
     if files.sha256(path) != about["sha256"]:

@@ -36,6 +36,8 @@ def fast_dtype(device: torch.device | str = "cpu") -> torch.dtype:
 
 def as_dtype(name: str, device: torch.device | str = "cpu") -> torch.dtype:
     """``"auto"`` gives `fast_dtype`; otherwise ``"float32"``, ``"bfloat16"`` or ``"float16"``."""
+    if name not in ("auto", "float32", "bfloat16", "float16"):
+        raise ModelError(f"no dtype '{name}': use auto, float32, bfloat16 or float16")
     return fast_dtype(device) if name == "auto" else getattr(torch, name)
 
 
@@ -72,11 +74,11 @@ def _from_pretrained(loader, name: str, raw: Path, **options):
         ) from error
 
 
-def load_tokenizer(name: str, raw: Path = RAW):
+def load_tokenizer(name: str, raw: Path = RAW, revision: str | None = None):
     """The model's fast tokenizer."""
     from transformers import AutoTokenizer
 
-    return _from_pretrained(AutoTokenizer, name, raw)
+    return _from_pretrained(AutoTokenizer, name, raw, revision=revision or "main")
 
 
 def load_model(
@@ -100,12 +102,9 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     model = _from_pretrained(AutoModelForCausalLM, name, raw, dtype=dtype, revision=revision or "main")
+    tokenizer, model = load_tokenizer(name, raw, revision), model.to(device)
     bridge = TransformerBridge.boot_transformers(
-        locate(name, raw),
-        hf_model=model.to(device),
-        tokenizer=load_tokenizer(name, raw),
-        dtype=dtype,
-        device=str(device),
+        locate(name, raw), hf_model=model, tokenizer=tokenizer, dtype=dtype, device=str(device)
     )
     if compatibility:
         bridge.enable_compatibility_mode(disable_warnings=True)
@@ -159,8 +158,11 @@ def bare_forward(
 
         return hear
 
+    normed = "ln2_post" in adapter.component_mapping["blocks"].submodules
     for hook, (layer, site) in places.items():
         path, what = HOOKS[site]
+        if site == "hook_mlp_out" and normed:  # Gemma 2 and its like normalise what the MLP adds to the stream
+            path = ".ln2_post"
         adapter.get_component(model, f"blocks.{layer}{path}").register_forward_hook(keep(hook, what))
 
     @torch.inference_mode()

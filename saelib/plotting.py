@@ -16,8 +16,8 @@ from saelib.paths import FIGURES
 
 NARROW, WIDE = (3.3, 2.6), (6.8, 2.8)  # inches: one column, two columns
 
-#: A method keeps its colour and marker in every figure. Learned dictionaries are blue to green, baselines grey to orange.
-COLOURS = {"tied": "#1f5fa8", "untied": "#2a9d8f", "pca": "#e08a2e", "random": "#7f7f7f"}
+#: A method keeps its colour and marker in every figure. Learned dictionaries are blue and violet, baselines grey to orange.
+COLOURS = {"tied": "#1f5fa8", "untied": "#8e44ad", "pca": "#e08a2e", "random": "#7f7f7f"}
 MARKERS = {"tied": "o", "untied": "s", "pca": "^", "random": "x"}
 LABELS = {"tied": "tied (the paper's)", "untied": "untied", "pca": "PCA", "random": "random directions"}
 
@@ -53,10 +53,10 @@ def save(figure: Figure, stem: str, table: pd.DataFrame, *, profile: str, **abou
         Path(temporary).write_text(head + table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
 
 
-def _shades(values: list[float], name: str = "viridis") -> dict[float, tuple]:
-    """A colour for each of the sorted `values`, dark to light."""
+def _shades(values, name: str = "Blues", first: float = 0.4, last: float = 1.0) -> dict[float, tuple]:
+    """A colour for each of the sorted `values`, from `first` to `last` of a colour map."""
     ordered = sorted(set(values))
-    return dict(zip(ordered, mpl.colormaps[name](np.linspace(0.05, 0.85, len(ordered))), strict=True))
+    return dict(zip(ordered, mpl.colormaps[name](np.linspace(first, last, len(ordered))), strict=True))
 
 
 def plain_log(axis) -> None:
@@ -71,7 +71,7 @@ def fig6_tradeoff(table: pd.DataFrame, axes: Axes) -> Axes:
 
     `table` has kind, ratio, alpha, l0, fvu and fvu_interval.
     """
-    ratios = _shades(table["ratio"].tolist())
+    ratios = _shades(table["ratio"])
     for (kind, ratio), part in table.sort_values("l0").groupby(["kind", "ratio"]):
         error = np.abs(np.array(part["fvu_interval"].tolist()).T - part["fvu"].to_numpy())
         style = {"color": ratios[ratio] if kind == "tied" else COLOURS[kind], "marker": MARKERS[kind]}
@@ -82,6 +82,7 @@ def fig6_tradeoff(table: pd.DataFrame, axes: Axes) -> Axes:
         axes.annotate(f"α = {row['alpha']:g}", (row["l0"], row["fvu"]), **offset)
     axes.set(xscale="log", xlabel="mean number of active features, L0 (log scale)", ylabel="unexplained variance, FVU")
     plain_log(axes.xaxis)
+    axes.margins(x=0.1)
     axes.set_ylim(bottom=0)
     axes.legend()
     return axes
@@ -92,7 +93,7 @@ def fig7_convergence(table: pd.DataFrame, axes: tuple[Axes, Axes]) -> tuple[Axes
 
     `table` has alpha, activations, fvu, l0.
     """
-    shades = _shades(table["alpha"].tolist(), "plasma")
+    shades = _shades(table["alpha"], "plasma", 0.0, 0.85)
     for alpha, part in table.groupby("alpha"):
         for axis, column in zip(axes, ("fvu", "l0"), strict=True):
             axis.plot(

@@ -41,7 +41,10 @@ def defaults(path: Path) -> dict[str, Any]:
     for node in ast.parse(parameters_cell(path)).body:
         if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
             raise ProfileError(f"{path.name}: the parameters cell may hold only assignments of literals")
-        values[node.targets[0].id] = ast.literal_eval(node.value)
+        try:
+            values[node.targets[0].id] = ast.literal_eval(node.value)
+        except ValueError:
+            raise ProfileError(f"{path.name}: parameter '{node.targets[0].id}' is not a literal") from None
     return values
 
 
@@ -51,7 +54,7 @@ def schema(path: Path):
     fields = {}
     for name, value in defaults(path).items():
         comment, constraints = comments.get(name, ""), {}
-        if found := re.search(r"range (\S+)\.\.(\S+)", comment):
+        if found := re.search(r"range ([^\s;]+)\.\.([^\s;]+)", comment):
             constraints = {"ge": float(found[1]), "le": float(found[2])}
         one = value[0] if isinstance(value, list) else value
         if choices := re.search(r"one of (.+)$", comment):
@@ -71,7 +74,12 @@ def load(profile: str, *, folder: Path = PROFILES, notebooks: Path = NOTEBOOKS) 
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     if profile not in known:
         raise ProfileError(f"no profile '{profile}': known profiles are {', '.join(known)}")
-    content = yaml.safe_load((folder / f"{profile}.yaml").read_text()) or {}
+    try:
+        content = yaml.safe_load((folder / f"{profile}.yaml").read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ProfileError(f"profile '{profile}' is not YAML: {error}") from None
+    if not isinstance(content, dict) or not all(isinstance(part or {}, dict) for part in content.values()):
+        raise ProfileError(f"profile '{profile}': wants sections (shared, a notebook) that hold name: value lines")
     models = {stem: schema(notebooks / f"{stem}.ipynb") for stem in stems(notebooks)}
     faults = [
         f"section '{section}' is no notebook; there are shared, {', '.join(models)}"

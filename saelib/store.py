@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 
 from saelib import files
-from saelib.activations import HarvestError
+from saelib.activations import SPLITS, HarvestError
 from saelib.paths import require
 
 WINDOW = 65_536  # rows gathered at once while shuffling: 75 MB at d = 576 in 16 bits
@@ -37,6 +37,8 @@ class ActivationStore:
         self.hook, self.d = self.manifest["spec"]["hook"], self.manifest["d"]
         self.dtype = getattr(torch, self.manifest["spec"]["dtype"])
         shards = {name: entry for name, entry in self.manifest["shards"].items() if name.startswith(split + "-")}
+        if not shards:
+            raise HarvestError(f"{folder} holds no shards of the split '{split}'; splits are {', '.join(SPLITS)}")
         self.shards = [folder / name for name in sorted(shards)]
         for path in self.shards:
             check_shard(path, shards[path.name], deep=verify)

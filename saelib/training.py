@@ -1,12 +1,15 @@
 """Train dictionaries: one, resumably; or a sweep over alphas, ratios and seeds."""
 
+import contextlib
+import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 import saelib
@@ -33,7 +36,7 @@ class TrainConfig:
         activations in the model's units; here activations are scaled to a mean square of 1 per coordinate].
     lr : Adam's learning rate [1e-3 nominal]. Betas 0.9 and 0.999, eps 1e-8, a correct step counter.
     batch_size : activations per step [1024 or 2048].
-    passes : passes over the activations [1 pass over 21 million].
+    passes : passes over the activations [1, over 21 million].
     warmup_steps, decay : linear warm-up, and the share of all steps at the end over which the rate falls to 0 [0, 0].
     centre : take off the mean before encoding and add it after decoding [False].
     scale : divide by the root mean square per coordinate [False].
@@ -45,7 +48,7 @@ class TrainConfig:
     alpha: float = 1e-3
     lr: float = 1e-3
     batch_size: int = 256
-    passes: int = 1
+    passes: int = 2
     warmup_steps: int = 0
     decay: float = 0.0
     centre: bool = False
@@ -55,17 +58,23 @@ class TrainConfig:
     def __post_init__(self):
         if self.kind not in dictionaries.KINDS:
             raise ValueError(f"kind '{self.kind}' is none of {', '.join(dictionaries.KINDS)}")
-        if min(self.ratio, self.lr, self.batch_size, self.passes) <= 0 or min(self.alpha, self.warmup_steps) < 0:
-            raise ValueError(
-                f"ratio, lr, batch_size and passes must be positive, alpha and warmup_steps not negative: {self}"
-            )
+        positive = {name: getattr(self, name) for name in ("ratio", "lr", "batch_size", "passes")}
+        others = {"alpha": self.alpha, "warmup_steps": self.warmup_steps}
+        for name, value in (positive | others).items():
+            if not math.isfinite(value) or value < 0 or (name in positive and value == 0):
+                raise ValueError(f"{name} = {value}: wants a finite number {'above' if name in positive else 'from'} 0")
         if not 0 <= self.decay <= 1:
             raise ValueError(f"decay is a share of all steps, 0 to 1, not {self.decay}")
 
     @property
     def name(self) -> str:
-        """File stem, for example ``tied_r2_a0.003_s0``."""
-        return f"{self.kind}_r{self.ratio:g}_a{self.alpha:g}_s{self.seed}"
+        """File stem, for example ``tied_r2_a0.003_s0``; with a short key behind it when another field is not the default."""
+        stem = f"{self.kind}_r{self.ratio:g}_a{self.alpha:g}_s{self.seed}"
+        named = {"kind", "ratio", "alpha", "seed"}
+        others = {
+            f.name: value for f in fields(self) if f.name not in named and (value := getattr(self, f.name)) != f.default
+        }
+        return f"{stem}_{files.key(others)[:6]}" if others else stem
 
 
 def learning_rate(step: int, total: int, config: TrainConfig) -> float:
@@ -76,15 +85,23 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
     return config.lr * min(rise, fall)
 
 
-def specification(store: ActivationStore, config: TrainConfig, dtype: torch.dtype, evaluations_per_pass: int) -> dict:
-    """All that the trained bytes depend on: settings, the activations' manifest and our version."""
+def specification(
+    store: ActivationStore,
+    held_out: ActivationStore,
+    config: TrainConfig,
+    dtype: torch.dtype,
+    evaluations_per_pass: int,
+) -> dict:
+    """All that the written bytes depend on: settings, the manifests of both stores and our version."""
     return {
         "saelib": saelib.__version__,
         "config": asdict(config),
         "dtype": str(dtype).removeprefix("torch."),
         "evaluations_per_pass": evaluations_per_pass,
         "activations": files.key(store.manifest),
-        "outlier_factor": store.outlier_factor,
+        "held_out": files.key(held_out.manifest),
+        "outlier_factors": [store.outlier_factor, held_out.outlier_factor],
+        "evaluation_rows": EVALUATION_ROWS,
     }
 
 
@@ -112,7 +129,8 @@ def train(
     `dtype` is that of the matrix products; weights and optimiser stay float32. Raises `TrainingError` with the step at
     which the loss was no longer finite; the last checkpoint before it is kept.
     """
-    path, spec = folder / f"{config.name}.safetensors", specification(store, config, dtype, evaluations_per_pass)
+    path = folder / f"{config.name}.safetensors"
+    spec = specification(store, held_out, config, dtype, evaluations_per_pass)
     if path.with_suffix(".json").exists():
         dictionary, about = dictionaries.load(path, device=device)
         if about["spec"] == spec:
@@ -152,12 +170,13 @@ def train(
                     history["held_out"].append(_held_out(step, dictionary, evaluation))
                 # only right after the loss was read and found finite, so that a checkpoint is always a good one
                 if not errors and step % keep_every == 0 and step < total:
+                    _check_weights(dictionary, step, checkpoint)
                     _keep(checkpoint, dictionary, optimiser, spec, step, history)
+    _check_weights(dictionary, step, checkpoint)
     final = metrics.evaluate(dictionary, held_out.chunks(8192), held_out.mean.to(device))
     about = {"spec": spec, "history": history, "metrics": asdict(final)}
     dictionaries.save(dictionary, path, **about)
     checkpoint.unlink(missing_ok=True)
-    checkpoint.with_suffix(".json").unlink(missing_ok=True)
     return dictionary, files.read_json(path.with_suffix(".json"))
 
 
@@ -190,10 +209,7 @@ def _log(history: dict, step: int, errors: list, code: torch.Tensor, bar: tqdm, 
     read = torch.stack(errors).tolist()
     for number, error in enumerate(read):
         if not math.isfinite(error):
-            kept = f"the checkpoint {checkpoint} is kept" if checkpoint.exists() else "no checkpoint was written yet"
-            at = f"step {step - len(read) + number + 1} of {checkpoint.name.removesuffix('.checkpoint.safetensors')}"
-            advice = "Lower the learning rate, or look for activations that are not finite"
-            raise TrainingError(f"the loss was not finite at {at}; {kept}. {advice}")
+            raise _broken("the loss was not finite", step - len(read) + number + 1, checkpoint)
     row = {
         "step": step,
         "error": sum(read) / len(read),
@@ -204,6 +220,20 @@ def _log(history: dict, step: int, errors: list, code: torch.Tensor, bar: tqdm, 
     bar.set_postfix_str(f"error {row['error']:.3f}, L0 {row['l0']:.0f}", refresh=False)
 
 
+def _check_weights(dictionary: Dictionary, step: int, checkpoint: Path) -> None:
+    """Raise if a weight is not finite or a direction has no length: a finite loss can be followed by either."""
+    lengths = dictionary.directions.detach().norm(dim=1)
+    if not (all(torch.isfinite(value).all() for value in dictionary.parameters()) and lengths.min() > 0.5):
+        raise _broken("the weights were no longer finite", step, checkpoint)
+
+
+def _broken(what: str, step: int, checkpoint: Path) -> TrainingError:
+    kept = f"the checkpoint {checkpoint} is kept" if checkpoint.exists() else "no checkpoint was written yet"
+    at = f"step {step} of {checkpoint.name.removesuffix('.checkpoint.safetensors')}"
+    advice = "Lower the learning rate, or look for activations that are not finite"
+    return TrainingError(f"{what} at {at}; {kept}. {advice}")
+
+
 @torch.inference_mode()
 def _held_out(step: int, dictionary: Dictionary, x: torch.Tensor) -> dict:
     found = metrics.evaluate(dictionary, [x], x.float().mean(0), resamples=2)
@@ -211,31 +241,28 @@ def _held_out(step: int, dictionary: Dictionary, x: torch.Tensor) -> dict:
 
 
 def _keep(path: Path, dictionary: Dictionary, optimiser, spec: dict, step: int, history: dict) -> None:
-    """Write a checkpoint: weights and Adam's moments as safetensors, the rest as JSON inside its metadata."""
+    """Write a checkpoint: weights and Adam's moments as safetensors, the rest as JSON in its metadata."""
     tensors = {f"weight.{name}": value.detach() for name, value in dictionary.named_parameters()}
     for name, parameter in dictionary.named_parameters():
         tensors |= {f"adam.{name}.{part}": value for part, value in optimiser.state[parameter].items()}
-    head = {"key": files.key(spec), "step": step, "history": history}
+    head = json.dumps({"key": files.key(spec), "step": step, "history": history})
     with files.atomic(path) as temporary:
-        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, temporary)
-        digest = files.sha256(temporary)
-    files.write_json(path.with_suffix(".json"), head | {"sha256": digest})
+        tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
+        save_file(tensors, temporary, metadata={"head": head})
 
 
 def _restore(path: Path, dictionary: Dictionary, optimiser, spec: dict) -> tuple[int, dict]:
-    """Load the checkpoint at `path` if it is whole and of the same specification; else begin at step 0."""
-    empty = 0, {"train": [], "held_out": []}
-    head_path = path.with_suffix(".json")
-    if not (path.exists() and head_path.exists()):
-        return empty
-    head = files.read_json(head_path)
-    if head["key"] != files.key(spec) or files.sha256(path) != head["sha256"]:
-        return empty
-    tensors = load_file(path)
-    for name, parameter in dictionary.named_parameters():
-        parameter.data.copy_(tensors[f"weight.{name}"])
-        parts = {
-            part: tensors[f"adam.{name}.{part}"].to(parameter.device) for part in ("step", "exp_avg", "exp_avg_sq")
-        }
-        optimiser.state[parameter] = parts
-    return head["step"], head["history"]
+    """Load the checkpoint at `path` if there is a whole one of the same specification; else begin at step 0."""
+    with contextlib.suppress(FileNotFoundError, SafetensorError):
+        with safe_open(path, "pt") as file:
+            head = json.loads(file.metadata()["head"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        if head["key"] == files.key(spec):
+            for name, parameter in dictionary.named_parameters():
+                parameter.data.copy_(tensors[f"weight.{name}"])
+                parts = ("step", "exp_avg", "exp_avg_sq")
+                optimiser.state[parameter] = {
+                    part: tensors[f"adam.{name}.{part}"].to(parameter.device) for part in parts
+                }
+            return head["step"], head["history"]
+    return 0, {"train": [], "held_out": []}
