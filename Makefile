@@ -5,7 +5,7 @@ CORES ?= $(shell getconf _NPROCESSORS_ONLN)
 VENV := .venv
 BIN := $(VENV)/bin
 RUNS := $(if $(SAELIB_DATA),$(SAELIB_DATA),data)/runs
-SNAKEMAKE = $(BIN)/snakemake --snakefile workflow/Snakefile --directory $(RUNS) --cores $(CORES) --config profile=$(PROFILE) --quiet rules host
+SNAKEMAKE = $(BIN)/snakemake --snakefile workflow/Snakefile --directory $(RUNS) --cores $(CORES) --nolock --rerun-incomplete --quiet rules host --config profile=$(PROFILE)
 export HF_HUB_OFFLINE ?= 1
 export PYTHONUTF8 := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -37,7 +37,7 @@ figures: data  ## make the figures of PROFILE again from what is already compute
 
 refresh: replicate  ## put the executed notebooks of the laptop profile into notebooks/, for a commit
 	@test $(PROFILE) = laptop || { echo "error: only the laptop profile's outputs are committed"; exit 1; }
-	cp $(RUNS)/laptop/notebooks/[0-9]*[a-z].ipynb notebooks/
+	cp $(addprefix $(RUNS)/laptop/,$(wildcard notebooks/[0-9]*.ipynb)) notebooks/
 
 test: unit pipeline nbval  ## everything below: unit tests, smoke pipeline, committed notebooks
 

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -57,7 +58,7 @@ def harvest(
     rows: TokenRows,
     hooks: list[str],
     folder: Path,
-    make_forward: Callable[[list[str]], Callable],
+    make_forward: Callable[[list[str]], models.Forward],
     *,
     coordinates: str = "raw",
     dtype: torch.dtype = torch.float32,
@@ -75,8 +76,8 @@ def harvest(
     Parameters
     ----------
     rows : token rows of both splits, int32 [n_rows, context].
-    make_forward : from the hooks still needed to a function tokens [batch, pos] -> {hook: [batch, pos, d]};
-        `models.bare_forward` or `models.bridge_forward` with the model filled in. Not called when all is current.
+    make_forward : from the hooks still needed to the forward function of `models.bare_forward` or
+        `models.bridge_forward`; see `forward_for`. Not called when all is current.
     first_position : positions before this one are left out. 1 for the bundled model, whose first position is an
         outlier; the paper's code keeps all (0).
     dtype : how activations are stored; bfloat16 or float16 halve the disk space.
@@ -101,19 +102,30 @@ def harvest(
         context = rows.train.shape[1]
         done = sum((stop - start) * context for (_, _, start, stop), hooks in missing.items() if not hooks)
         total = sum((stop - start) * context for _, _, start, stop in shards)
-        with tqdm(total=total, initial=done, desc=f"harvest {len(needed)} hooks", unit="tok", unit_scale=True) as bar:
-            for (split, number, start, stop), wanted in missing.items():
-                if not wanted:
-                    continue
-                parts = {hook: [] for hook in wanted}
-                for tokens in getattr(rows, split)[start:stop].split(BATCH):
-                    found = forward(tokens)
-                    for hook in wanted:
-                        values = found[hook][:, first_position:].flatten(0, 1)
-                        parts[hook].append(values.to("cpu", dtype))
+        bar = tqdm(total=total, initial=done, desc=f"harvest {len(needed)} hooks", unit="tok", unit_scale=True)
+        # One shard is written while the next one is computed, from two sets of buffers that are used again and again: on
+        # a CPU fresh memory costs more than the copy into it.
+        buffers, writing = ({}, {}), None
+        with bar, ThreadPoolExecutor(1) as writer:
+            for turn, ((split, number, start, stop), wanted) in enumerate((s, w) for s, w in missing.items() if w):
+                buffer = buffers[turn % 2]
+                for first in range(start, stop, BATCH):
+                    tokens = getattr(rows, split)[first : min(first + BATCH, stop)]
+
+                    def take(hook, values, buffer=buffer, place=first - start):
+                        values = values[:, first_position:]
+                        if hook not in buffer:
+                            buffer[hook] = torch.empty(rows_per_shard, *values.shape[1:], dtype=dtype)
+                        buffer[hook][place : place + len(values)].copy_(values)
+
+                    forward(tokens, take)
                     bar.update(tokens.numel())
-                for hook in wanted:
-                    _write_shard(folder / hook, shard_name(split, number), torch.cat(parts[hook]), manifests[hook])
+                if writing:
+                    writing.result()
+                parts = {hook: buffer[hook][: stop - start].flatten(0, 1) for hook in wanted}
+                writing = writer.submit(_write_shard, folder, shard_name(split, number), parts, manifests)
+            if writing:
+                writing.result()
     for hook, manifest in manifests.items():
         if not manifest["complete"]:
             files.write_json(folder / hook / "manifest.json", manifest | {"complete": True})
@@ -134,21 +146,24 @@ def _open_manifest(path: Path, spec: dict, announce: Callable[[str], None]) -> d
     return manifest
 
 
-def _write_shard(folder: Path, name: str, values: torch.Tensor, manifest: dict) -> None:
-    norm = values.float().norm(dim=1)
-    if not torch.isfinite(norm).all():
-        raise HarvestError(f"{folder.name}, {name}: activations are not finite in {values.dtype}; store them wider")
-    with files.atomic(folder / name) as temporary:
-        save_file({"activations": values.contiguous(), "norm": norm}, temporary)
-        digest = files.sha256(temporary)
-    manifest["d"] = values.shape[1]
-    manifest["shards"][name] = {"rows": len(values), "sha256": digest}
-    files.write_json(folder / "manifest.json", manifest)
+def _write_shard(folder: Path, name: str, parts: dict[str, torch.Tensor], manifests: dict[str, dict]) -> None:
+    """Write the shard `name` of each hook in `parts`, then enter it in the hook's manifest."""
+    for hook, values in parts.items():
+        manifest = manifests[hook]
+        norm = torch.linalg.vector_norm(values, dim=1, dtype=torch.float32)
+        if not torch.isfinite(norm).all():
+            raise HarvestError(f"{hook}, {name}: activations are not finite in {values.dtype}; store them wider")
+        with files.atomic(folder / hook / name) as temporary:
+            save_file({"activations": values, "norm": norm}, temporary)
+            digest = files.sha256(temporary)
+        manifest["d"] = values.shape[1]
+        manifest["shards"][name] = {"rows": len(values), "sha256": digest}
+        files.write_json(folder / hook / "manifest.json", manifest)
 
 
 def forward_for(
     name: str, *, dtype: torch.dtype, device, compatibility: bool = False
-) -> Callable[[list[str]], Callable]:
+) -> Callable[[list[str]], models.Forward]:
     """The `make_forward` of `harvest` for a model name: the bare path in raw coordinates, the bridge in the paper's."""
     if compatibility:
         return lambda hooks: models.bridge_forward(

@@ -1,5 +1,6 @@
 """Load a language model: the bundled one, a local folder or a Hub name; and read activations from it."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,11 @@ HOOKS = {
     "mlp.hook_post": (".mlp.out", "input"),
     "attn.hook_z": (".attn.o", "input"),
 }
+
+#: forward(tokens [batch, pos]) gives {hook: [batch, pos, d]}. forward(tokens, take) calls take(hook, values) instead as each
+#: hook fires and keeps nothing, which spares the memory of all hooks at once.
+Take = Callable[[str, torch.Tensor], object]
+Forward = Callable[..., dict[str, torch.Tensor]]
 
 
 class ModelError(ValueError):
@@ -130,11 +136,10 @@ def bare_forward(
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
     raw: Path = RAW,
-) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
+) -> Forward:
     """A function from tokens [batch, pos] to ``{hook: [batch, pos, d]}`` in the model's raw coordinates.
-
     Only the blocks up to the last hook are loaded and run, with the attention kernels of `transformers`, and no
-    unembedding: on two cores this is a quarter faster than a cached bridge run, and equal to it (tests/test_models.py). Which
+    unembedding: equal to a cached run of the bridge (tests/test_models.py), and faster (tests/benchmarks). Which
     module stands behind a hook is taken from TransformerLens' architecture adapters, so no model needs code here.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -148,13 +153,13 @@ def bare_forward(
         )
     model.to(device).eval()
     adapter = _adapter(name, config, raw)
-    found: dict[str, torch.Tensor] = {}
+    listener: list[Take] = []
 
-    def keep(hook: str, what: str):
+    def at(hook: str, what: str):
         def hear(module, inputs, outputs):
             value = inputs[0] if what == "input" else outputs
             value = value[0] if isinstance(value, tuple) else value
-            found[hook] = value.reshape(*value.shape[:2], -1)
+            listener[0](hook, value.reshape(*value.shape[:2], -1))
 
         return hear
 
@@ -163,12 +168,14 @@ def bare_forward(
         path, what = HOOKS[site]
         if site == "hook_mlp_out" and normed:  # Gemma 2 and its like normalise what the MLP adds to the stream
             path = ".ln2_post"
-        adapter.get_component(model, f"blocks.{layer}{path}").register_forward_hook(keep(hook, what))
+        adapter.get_component(model, f"blocks.{layer}{path}").register_forward_hook(at(hook, what))
 
     @torch.inference_mode()
-    def forward(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(tokens: torch.Tensor, take: Take | None = None) -> dict[str, torch.Tensor]:
+        found = {}
+        listener[:] = [take or found.__setitem__]
         model.base_model(tokens.to(device), use_cache=False)
-        return dict(found)
+        return found
 
     return forward
 
@@ -179,7 +186,8 @@ def _adapter(name: str, config, raw: Path):
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config)
+        # a copy: the bridge switches the config that it is given to eager attention, which is slower
+        empty = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     tokenizer = load_tokenizer(name, raw)
     return TransformerBridge.boot_transformers(
         locate(name, raw), hf_model=empty, tokenizer=tokenizer, device="meta"
@@ -204,16 +212,18 @@ def _quiet_loading():
     return quiet()
 
 
-def bridge_forward(bridge, hooks: list[str]) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
+def bridge_forward(bridge, hooks: list[str]) -> Forward:
     """The same function as `bare_forward` for a loaded bridge: works in compatibility mode too, stops after the last
     hook, and skips the unembedding."""
     places = {hook: parse_hook(hook, bridge.cfg.n_layers) for hook in hooks}
     last = 1 + max(layer for layer, _ in places.values())
 
     @torch.inference_mode()
-    def forward(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-        tokens = tokens.to(bridge.cfg.device)
+    def forward(tokens: torch.Tensor, take: Take | None = None) -> dict[str, torch.Tensor]:
+        tokens, found = tokens.to(bridge.cfg.device), {}
         _, cache = bridge.run_with_cache(tokens, names_filter=hooks, stop_at_layer=last, return_type=None)
-        return {hook: cache[hook].reshape(*tokens.shape, -1) for hook in hooks}
+        for hook in hooks:
+            (take or found.__setitem__)(hook, cache[hook].reshape(*tokens.shape, -1))
+        return found
 
     return forward

@@ -19,7 +19,7 @@ from saelib.losses import hand_gradient
 from saelib.store import ActivationStore
 
 LOG_EVERY = 25  # steps between two readings of the loss: reading waits for the device
-EVALUATION_ROWS = 10_000  # held-out activations of the evaluations during training
+EVALUATION_ROWS = 4096  # held-out activations of the evaluations during training
 
 
 class TrainingError(RuntimeError):
@@ -122,7 +122,7 @@ def train(
 
     The description holds the specification, ``history`` and ``metrics`` (`metrics.Evaluation`). The history has, at every
     25th step, the mean error since the last one, and sparsity and l0 of the batch; and held-out ``fvu`` and ``l0`` on
-    10,000 activations, `evaluations_per_pass` times a pass.
+    4,096 activations, `evaluations_per_pass` times a pass.
     A finished dictionary of the same specification is loaded, not trained. A checkpoint is written every
     `checkpoint_every` steps; a killed run goes on from it and ends with the same bytes.
 

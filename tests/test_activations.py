@@ -97,9 +97,9 @@ rows = corpus.TokenRows(**load_file(tokens), spec={"text": "made"})
 
 def make_forward(hooks):
     forward = models.bare_forward(model, hooks)
-    def slow(tokens):
+    def slow(tokens, take):
         time.sleep(0.05)
-        return forward(tokens)
+        return forward(tokens, take)
     return slow
 
 activations.harvest(rows, sys.argv[4:], Path(folder), make_forward, rows_per_shard=8)
@@ -135,11 +135,11 @@ def test_what_was_harvested_before_an_interruption_is_not_run_again(run, tmp_pat
     calls = []
 
     def interrupted(hooks):
-        def forward(tokens):
+        def forward(tokens, take):
             calls.append(len(tokens))
             if len(calls) == 4:
                 raise KeyboardInterrupt
-            return llama_forward(tokens)
+            return llama_forward(tokens, take)
 
         return forward
 
@@ -204,7 +204,7 @@ def test_a_full_disk_leaves_no_half_shard_and_the_next_call_finishes(
 
 def test_activations_that_overflow_half_precision_are_refused_by_name(run, tmp_path, llama_forward):
     def large(hooks):
-        return lambda tokens: {hook: values * 1e6 for hook, values in llama_forward(tokens).items()}
+        return lambda tokens, take: llama_forward(tokens, lambda hook, values: take(hook, values * 1e6))
 
     with pytest.raises(activations.HarvestError, match=rf"{MLP}.*train-00000.*float16"):
         run(tmp_path, [MLP], large, dtype=torch.float16)

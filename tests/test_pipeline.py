@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -15,7 +17,8 @@ pytestmark = pytest.mark.pipeline
 STEMS = ["00_overview", "01_collect_activations", "02_train_dictionaries"]
 
 
-def snakemake(data: Path, *extra: str, profile: str = "smoke") -> str:
+def command_line(data: Path, profile: str, *extra: str) -> dict:
+    """Arguments of subprocess for what `make replicate` runs, with data and figures in `data`."""
     command = [
         sys.executable,
         "-m",
@@ -25,18 +28,41 @@ def snakemake(data: Path, *extra: str, profile: str = "smoke") -> str:
         "--directory",
         data / "runs",
     ]
-    command += ["--cores", str(os.cpu_count()), "--config", f"profile={profile}", *extra]
+    command += [
+        "--nolock",
+        "--rerun-incomplete",
+        "--cores",
+        str(os.cpu_count()),
+        "--config",
+        f"profile={profile}",
+        *extra,
+    ]
     environment = os.environ | {"SAELIB_DATA": str(data), "HF_HUB_OFFLINE": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    return {"args": command, "env": environment, "cwd": ROOT}
+
+
+def snakemake(data: Path, *extra: str, profile: str = "smoke") -> str:
+    done = subprocess.run(**command_line(data, profile, *extra), capture_output=True, text=True)
     return f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
 
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
+    """The data folder of a smoke run that was killed with SIGKILL while it harvested, and then run again."""
     data = tmp_path_factory.mktemp("data")
     (data / "raw").symlink_to(RAW)
     (data / "runs").mkdir()
+    started = subprocess.Popen(
+        **command_line(data, "smoke"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 240
+    while not list((data / "runs").glob("smoke/activations/*/manifest.json")):
+        assert started.poll() is None and time.monotonic() < deadline, "the smoke run did not get as far as the harvest"
+        time.sleep(0.05)
+    os.killpg(started.pid, signal.SIGKILL)
+    started.wait()
+    assert not (data / "runs/smoke/metrics/02_train_dictionaries.json").exists()
     log = snakemake(data)
     assert log.startswith("exit 0"), log[-4000:]
     return data

@@ -21,12 +21,12 @@ def harvest_numbers(folder, n_rows: int = 25, outliers: tuple = ()):
     The first value makes every row recognisable. Tokens in `outliers` give an activation 1000 times longer.
     """
 
-    def forward(tokens):
+    def forward(tokens, take):
         t = tokens.float()
         value = torch.stack([t, torch.ones_like(t), t % 7], dim=-1)
         for number in outliers:
             value[tokens == number] *= 1000
-        return {"blocks.0.hook_resid_post": value}
+        take("blocks.0.hook_resid_post", value)
 
     tokens = torch.arange(n_rows * 9, dtype=torch.int32).view(n_rows, 9)
     rows = corpus.TokenRows(tokens, tokens[:2], tokens, tokens[:2], spec={"text": "numbers"})

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nbformat
 import papermill
+from filelock import FileLock, Timeout
 
 from saelib import paths
 
@@ -21,6 +22,11 @@ def run(stem: str, parameters: dict, output: Path) -> None:
     """Execute ``notebooks/<stem>.ipynb`` into `output`. A failed run leaves ``<stem>.failed.ipynb`` beside it."""
     output.parent.mkdir(parents=True, exist_ok=True)
     running = output.with_suffix(".failed.ipynb")
+    lock = FileLock(output.with_suffix(".lock"), blocking=False)  # freed by the system even when we are killed
+    try:
+        lock.acquire()
+    except Timeout:
+        sys.exit(f"error: another process is running {output}; wait for it or stop it")
     papermill.execute_notebook(
         paths.NOTEBOOKS / f"{stem}.ipynb",
         running,
@@ -28,6 +34,7 @@ def run(stem: str, parameters: dict, output: Path) -> None:
         cwd=paths.NOTEBOOKS,
         kernel_name="python3",
         progress_bar={"desc": stem},
+        extra_arguments=["--IPKernelApp.log_level=40"],  # else each kernel warns about its local connection
         stderr_file=sys.stderr,
     )
     clean(running)

@@ -1,8 +1,9 @@
 """All benchmarks, one after the other: ``make bench``. Each prints both sides of a ratio measured in one run."""
 
-from tests.benchmarks import bench_harvest, bench_import, bench_memory, bench_step
+import subprocess
+import sys
 
 if __name__ == "__main__":
-    for benchmark in (bench_import, bench_step, bench_harvest, bench_memory):
-        print(f"\n{benchmark.__doc__.splitlines()[0]}")
-        benchmark.main()
+    for name in ("import", "step", "harvest", "memory"):
+        print(f"\n{name}", flush=True)
+        subprocess.run([sys.executable, "-m", f"tests.benchmarks.bench_{name}"], check=True)

@@ -11,7 +11,7 @@ from saelib import activations, models
 from saelib.corpus import TokenRows
 from tests.benchmarks.timing import interleaved, report
 
-MODEL, LAYERS, ROWS = "smollm2-135m-instruct", 12, 32
+MODEL, LAYERS, ROWS, ROWS_PER_SHARD = "smollm2-135m-instruct", 12, 64, 8
 
 
 def main():
@@ -32,7 +32,7 @@ def main():
 
     def harvest():
         shutil.rmtree(folder)
-        activations.harvest(rows, hooks, folder, lambda _: forward, dtype=dtype, rows_per_shard=ROWS)
+        activations.harvest(rows, hooks, folder, lambda _: forward, dtype=dtype, rows_per_shard=ROWS_PER_SHARD)
 
     def cached():
         for part in tokens.split(activations.BATCH):

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 PROGRAM = """
-import json, resource, sys, tempfile
+import json, sys, tempfile
 from pathlib import Path
 import torch
 from saelib import activations, models, store, training
@@ -19,14 +19,15 @@ if what == "harvest":
     forward = models.bare_forward("smollm2-135m-instruct", hooks, dtype=models.fast_dtype())
 else:  # random activations: what is measured is the store and the training
     hooks, dtype = ["blocks.0.hook_resid_post"], torch.bfloat16
-    forward = lambda tokens: {hooks[0]: torch.randn(*tokens.shape, 576)}
+    forward = lambda tokens, take: take(hooks[0], torch.randn(*tokens.shape, 576))
 with tempfile.TemporaryDirectory() as folder:
     folders = activations.harvest(rows, hooks, Path(folder), lambda _: forward, dtype=torch.bfloat16)
     if what == "training":
         train, held_out = (store.ActivationStore(folders[hooks[0]], split) for split in activations.SPLITS)
         config = training.TrainConfig(batch_size=2048)
         training.train(train, held_out, config, Path(folder), dtype=models.fast_dtype())
-print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6))
+peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+print(json.dumps(int(peak.split()[1]) / 1e6))
 """
 
 
