@@ -75,7 +75,7 @@ class TiedSAE(Dictionary):
 
         c = ReLU(M x + b),   x_hat = M^T c,   M = W / ||W||_row
 
-    ``weight`` W [n_features, d] is free; the norm is taken inside the differentiable loss (PAPER: code,
+    ``weight`` W [n_features, d] is free; the norm is taken inside the differentiable loss (source: the paper's code,
     FunctionalTiedSAE), which stops the cheat of growing rows. No decoder bias. Xavier-uniform start, b = 0.
     """
 
@@ -99,7 +99,7 @@ class UntiedSAE(Dictionary):
 
         c = ReLU(E x + b),   x_hat = D^T c,   D = V / ||V||_row
 
-    ``weight`` E and ``decoder`` V are [n_features, d] (PAPER: code, FunctionalSAE). Both start from the same Xavier draw.
+    ``weight`` E and ``decoder`` V are [n_features, d] (source: the paper's code, FunctionalSAE). Same Xavier start.
     """
 
     kind = "untied"

@@ -14,8 +14,8 @@ def sae_loss(x: Tensor, x_hat: Tensor, code: Tensor, alpha: float) -> tuple[Tens
         sparsity = mean over batch of sum_j |c_j|
 
     Returns (total, error, sparsity). The paper prints a sum instead of the mean over coordinates (Eq. 4): its alpha is d
-    times ours for the same optimum. All alphas of this project are on this, the code's, scale (PAPER.md, points 0.1
-    and 2.2; source: autoencoders/sae_ensemble.py).
+    times ours for the same optimum. All alphas of this project are on this, the code's, scale (source:
+    autoencoders/sae_ensemble.py of the paper's code).
     """
     error = (x_hat - x).square().mean()
     sparsity = code.abs().sum(-1).mean()

@@ -85,6 +85,6 @@ def max_cosine(a: Tensor, b: Tensor) -> Tensor:
 def mmcs(a: Tensor, b: Tensor) -> float:
     """Mean max cosine similarity: the mean over the rows of `a` of the largest cosine with a row of `b`.
 
-    Not symmetric. (PAPER.md 2.5; source: standard_metrics.py of the paper's code.)
+    Not symmetric. (Source: standard_metrics.py of the paper's code.)
     """
     return max_cosine(a, b).mean().item()

@@ -101,7 +101,7 @@ def load_model(
     Parameters
     ----------
     name : a bundled model of ``data/sources.yaml``, a local folder, or a Hub name.
-    compatibility : fold the layer norms and centre the writing weights, the paper's coordinates (PAPER: App. B; its
+    compatibility : fold the layer norms and centre the writing weights, the paper's coordinates (paper, App. B; its
         code used TransformerLens' default processing). Off: the raw coordinates of the model's own code.
     """
     from transformer_lens.model_bridge import TransformerBridge

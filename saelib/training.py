@@ -28,7 +28,7 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What a trained dictionary depends on, besides the activations. The paper's values (PAPER.md 2) in brackets.
+    """What a trained dictionary depends on, besides the activations. The paper's values in brackets.
 
     kind : "tied" or "untied" ["tied"; "untied" for some MLP dictionaries].
     ratio : n_features / d [0.5 to 8; 2 in Figure 2].
@@ -153,7 +153,7 @@ def train(
     with tqdm(total=total, initial=step, desc=label, unit="step", mininterval=0.5, leave=False) as bar:
         while step < total:
             epoch, within = divmod(step, per_pass)
-            # a new order in each pass; the paper's code reuses one permutation for every chunk (PAPER.md 2.4)
+            # a new order in each pass; the paper's code reuses one permutation for every chunk
             seed = config.seed * 1_000_003 + epoch
             for x in store.batches(config.batch_size, seed=seed, start=within):
                 optimiser.param_groups[0]["lr"] = learning_rate(step, total, config)
