@@ -137,12 +137,10 @@ def x_norms(table: pd.DataFrame, axes: Axes) -> Axes:
 
 def x_spectrum(table: pd.DataFrame, axes: Axes) -> Axes:
     """Share of variance held by the k largest coordinates of the default basis, per hook. Columns hook, k, share."""
-    for colour, (hook, part) in zip(
-        _shades(range(table["hook"].nunique())).values(), table.groupby("hook"), strict=True
-    ):
-        axes.plot(
-            part["k"], part["share"], color=colour, label="layer " + hook.removeprefix("blocks.").replace(".", ", ", 1)
-        )
+    hooks = table["hook"].drop_duplicates()
+    for hook, colour in zip(hooks, _shades(range(len(hooks))).values(), strict=True):
+        part, label = table[table["hook"] == hook], "layer {1}, {2}".format(*hook.split(".", 2))
+        axes.plot(part["k"], part["share"], color=colour, label=label)
     axes.set(xscale="log", xlabel="number of coordinates, largest first (log scale)", ylabel="share of the variance")
     plain_log(axes.xaxis)
     axes.set_ylim(0, 1.02)

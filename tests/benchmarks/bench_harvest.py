@@ -11,7 +11,7 @@ from saelib import activations, models
 from saelib.corpus import TokenRows
 from tests.benchmarks.timing import interleaved, report
 
-MODEL, LAYERS, ROWS, ROWS_PER_SHARD = "smollm2-135m-instruct", 12, 64, 8
+MODEL, LAYERS, ROWS, ROWS_PER_SHARD = "smollm2-135m-instruct", 12, 96, 8
 
 
 def main():
@@ -40,7 +40,7 @@ def main():
 
     print(f"  {ROWS} rows of 256 tokens, {LAYERS} layers, every residual hook written to disk, {dtype}")
     functions = {"bare transformers forward (the limit)": limit, "saelib harvest, shards written": harvest}
-    seconds = interleaved(functions | {"TransformerBridge.run_with_cache": cached}, rounds=7, warm_up=1)
+    seconds = interleaved(functions | {"TransformerBridge.run_with_cache": cached}, rounds=5, warm_up=1)
     report(seconds, "bare transformers forward (the limit)", tokens.numel(), "tokens")
     shutil.rmtree(folder)
 
