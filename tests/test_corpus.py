@@ -292,3 +292,12 @@ def test_rows_without_their_head_do_not_count(tmp_path, text, tokenizer):
     (tmp_path / "run" / "tokens.json").unlink()
     assert torch.equal(cached(tmp_path, text, tokenizer).train, made.train)
     assert (tmp_path / "run" / "tokens.json").exists()
+
+
+def test_a_data_set_is_streamed_through_the_datasets_library(tmp_path):
+    """A folder in the layout of a Hub data set stands for the Hub: the same loader opens both."""
+    (tmp_path / "pile").mkdir()
+    write_lines(tmp_path / "pile" / "train.jsonl", [{"text": "one", "meta": {}}, {"text": "two", "meta": {}}])
+    name = str(tmp_path / "pile")
+    expected = [{"source": name, "id": str(number), "text": text} for number, text in enumerate(("one", "two"))]
+    assert list(corpus.read_documents(f"hub:{name}")) == expected
