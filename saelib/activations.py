@@ -103,32 +103,34 @@ def harvest(
         done = sum((stop - start) * context for (_, _, start, stop), hooks in missing.items() if not hooks)
         total = sum((stop - start) * context for _, _, start, stop in shards)
         bar = tqdm(total=total, initial=done, desc=f"harvest {len(needed)} hooks", unit="tok", unit_scale=True)
-        # One shard is written while the next one is computed, from two sets of buffers that are used again and again: on
-        # a CPU fresh memory costs more than the copy into it.
-        buffers, writing = ({}, {}), None
-        with bar, ThreadPoolExecutor(1) as writer:
-            for turn, ((split, number, start, stop), wanted) in enumerate((s, w) for s, w in missing.items() if w):
-                buffer = buffers[turn % 2]
+        # One set of buffers, used again and again: on a CPU fresh memory costs more than the copy into it. The files of a
+        # shard are hashed and written side by side while no forward pass runs: a thread beside it would hold up every product.
+        buffer = {}
+        with bar, ThreadPoolExecutor(8) as writers:
+            for (split, number, start, stop), wanted in ((s, w) for s, w in missing.items() if w):
                 for first in range(start, stop, BATCH):
                     tokens = getattr(rows, split)[first : min(first + BATCH, stop)]
 
-                    def take(hook, values, buffer=buffer, place=first - start):
+                    def take(hook, values, place=first - start):
                         values = values[:, first_position:]
                         if hook not in buffer:
-                            buffer[hook] = torch.empty(rows_per_shard, *values.shape[1:], dtype=dtype)
-                        buffer[hook][place : place + len(values)].copy_(values)
+                            shape = (rows_per_shard, *values.shape[1:])
+                            buffer[hook] = torch.empty(shape, dtype=dtype), torch.empty(shape[:2])
+                        kept, norm = (whole[place : place + len(values)] for whole in buffer[hook])
+                        norm.copy_(kept.copy_(values).float().norm(dim=2))
 
                     forward(tokens, take)
                     bar.update(tokens.numel())
-                if writing:
-                    writing.result()
-                parts = {hook: buffer[hook][: stop - start].flatten(0, 1) for hook in wanted}
-                writing = writer.submit(_write_shard, folder, shard_name(split, number), parts, manifests)
-            if writing:
-                writing.result()
-    for hook, manifest in manifests.items():
-        if not manifest["complete"]:
-            files.write_json(folder / hook / "manifest.json", manifest | {"complete": True})
+
+                name, n_rows = shard_name(split, number), stop - start
+                jobs = []
+                for hook in wanted:
+                    values, norm = (whole[:n_rows].flatten(0, 1) for whole in buffer[hook])
+                    jobs.append(
+                        writers.submit(_write_shard, folder / hook, name, values, norm, manifests[hook], len(shards))
+                    )
+                for job in jobs:
+                    job.result()
     return {hook: folder / hook for hook in manifests}
 
 
@@ -141,24 +143,20 @@ def _open_manifest(path: Path, spec: dict, announce: Callable[[str], None]) -> d
         differ = [name for name in spec if manifest["spec"].get(name) != spec[name]]
         announce(f"stale activations at {path.parent.name} ({', '.join(differ)} changed): made anew")
         shutil.rmtree(path.parent)
-    manifest = {"spec": spec, "d": None, "complete": False, "shards": {}}
-    files.write_json(path, manifest)
-    return manifest
+    return {"spec": spec, "d": None, "complete": False, "shards": {}}
 
 
-def _write_shard(folder: Path, name: str, parts: dict[str, torch.Tensor], manifests: dict[str, dict]) -> None:
-    """Write the shard `name` of each hook in `parts`, then enter it in the hook's manifest."""
-    for hook, values in parts.items():
-        manifest = manifests[hook]
-        norm = torch.linalg.vector_norm(values, dim=1, dtype=torch.float32)
-        if not torch.isfinite(norm).all():
-            raise HarvestError(f"{hook}, {name}: activations are not finite in {values.dtype}; store them wider")
-        with files.atomic(folder / hook / name) as temporary:
-            save_file({"activations": values, "norm": norm}, temporary)
-            digest = files.sha256(temporary)
-        manifest["d"] = values.shape[1]
-        manifest["shards"][name] = {"rows": len(values), "sha256": digest}
-        files.write_json(folder / hook / "manifest.json", manifest)
+def _write_shard(folder: Path, name: str, values: torch.Tensor, norm: torch.Tensor, manifest: dict, n_shards: int):
+    """Write one shard (activations [n, d], norms [n]), then enter it in the manifest; the last of `n_shards` completes it."""
+    if not torch.isfinite(norm).all():
+        raise HarvestError(f"{folder / name}: activations are not finite in {values.dtype}; store them wider")
+    with files.atomic(folder / name) as temporary:
+        save_file({"activations": values, "norm": norm}, temporary)
+        digest = files.sha256(temporary)
+    manifest["d"] = values.shape[1]
+    manifest["shards"][name] = {"rows": len(values), "sha256": digest}
+    manifest["complete"] = len(manifest["shards"]) == n_shards
+    files.write_json(folder / "manifest.json", manifest)
 
 
 def forward_for(

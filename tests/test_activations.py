@@ -180,7 +180,7 @@ def test_a_full_disk_leaves_no_half_shard_and_the_next_call_finishes(
 
     def full(tensors, path):
         writes.append(path)
-        if len(writes) == failing_write:
+        if len(writes) >= failing_write:  # and from then on, for the hooks are written side by side
             path.write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
         save_file(tensors, path)
@@ -192,10 +192,12 @@ def test_a_full_disk_leaves_no_half_shard_and_the_next_call_finishes(
     shards = {f"{path.parent.name}/{path.name}": path for path in tmp_path.rglob("*.safetensors")}
     assert len(shards) == failing_write - 1
     assert not list(tmp_path.rglob("*.tmp"))
-    for hook in HOOKS:
-        manifest = files.read_json(tmp_path / hook / "manifest.json")
+    entered = set()
+    for path in tmp_path.rglob("manifest.json"):
+        manifest = files.read_json(path)
         assert not manifest["complete"]
-        assert {f"{hook}/{name}" for name in manifest["shards"]} == {name for name in shards if name.startswith(hook)}
+        entered |= {f"{path.parent.name}/{name}" for name in manifest["shards"]}
+    assert entered == set(shards)
 
     run(tmp_path)
     expected = {name: digest for name, digest in folder_digests(harvested).items() if "statistics" not in name}

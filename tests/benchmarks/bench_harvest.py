@@ -11,7 +11,7 @@ from saelib import activations, models
 from saelib.corpus import TokenRows
 from tests.benchmarks.timing import interleaved, report
 
-MODEL, LAYERS, ROWS, ROWS_PER_SHARD = "smollm2-135m-instruct", 12, 96, 8
+MODEL, LAYERS, ROWS = "smollm2-135m-instruct", 12, 128
 
 
 def main():
@@ -31,8 +31,7 @@ def main():
             bare(part, use_cache=False)
 
     def harvest():
-        shutil.rmtree(folder)
-        activations.harvest(rows, hooks, folder, lambda _: forward, dtype=dtype, rows_per_shard=ROWS_PER_SHARD)
+        activations.harvest(rows, hooks, folder, lambda _: forward, dtype=dtype)
 
     def cached():
         for part in tokens.split(activations.BATCH):
@@ -40,9 +39,9 @@ def main():
 
     print(f"  {ROWS} rows of 256 tokens, {LAYERS} layers, every residual hook written to disk, {dtype}")
     functions = {"bare transformers forward (the limit)": limit, "saelib harvest, shards written": harvest}
-    seconds = interleaved(functions | {"TransformerBridge.run_with_cache": cached}, rounds=5, warm_up=1)
+    functions["TransformerBridge.run_with_cache"] = cached
+    seconds = interleaved(functions, rounds=5, warm_up=1, tidy=lambda: shutil.rmtree(folder, ignore_errors=True))
     report(seconds, "bare transformers forward (the limit)", tokens.numel(), "tokens")
-    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ import time
 from collections.abc import Callable
 
 
-def interleaved(functions: dict[str, Callable[[], object]], rounds: int, warm_up: int = 3) -> dict[str, list[float]]:
-    """Seconds of each call of each function, `rounds` times A B C A B C ..."""
+def interleaved(
+    functions: dict[str, Callable[[], object]], rounds: int, warm_up: int = 3, tidy: Callable[[], object] = lambda: None
+) -> dict[str, list[float]]:
+    """Seconds of each call of each function, `rounds` times A B C A B C ...; `tidy` runs after each call, not timed."""
     seconds = {name: [] for name in functions}
     for number in range(warm_up + rounds):
         for name, function in functions.items():
@@ -14,6 +16,7 @@ def interleaved(functions: dict[str, Callable[[], object]], rounds: int, warm_up
             function()
             if number >= warm_up:
                 seconds[name].append(time.perf_counter() - begin)
+            tidy()
     return seconds
 
 
