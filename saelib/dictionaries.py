@@ -118,7 +118,52 @@ class UntiedSAE(Dictionary):
         return torch.relu(self.standardise(x) @ self.weight.T + self.bias)
 
 
-KINDS: dict[str, type[Dictionary]] = {member.kind: member for member in (TiedSAE, UntiedSAE)}
+class StandardSAE(UntiedSAE):
+    """The untied form with a decoder bias, as SAELens ("standard") and dictionary_learning (AutoEncoder) train it.
+
+        c = ReLU(E (x - a) + b),   x_hat = D^T c + a
+
+    ``decoder_bias`` a [d] starts at 0, in the standardised coordinates of x.
+    """
+
+    kind = "standard"
+
+    def __init__(self, n_features: int, d: int, *, generator: torch.Generator | None = None):
+        super().__init__(n_features, d, generator=generator)
+        self.decoder_bias = nn.Parameter(torch.zeros(d))
+
+    def encode(self, x: Tensor) -> Tensor:
+        return torch.relu((self.standardise(x) - self.decoder_bias) @ self.weight.T + self.bias)
+
+    def decode(self, code: Tensor) -> Tensor:
+        return self.scale * (code @ self.directions + self.decoder_bias) + self.mean
+
+
+class TopKSAE(StandardSAE):
+    """The standard form that keeps the k largest codes instead of paying for each (Gao et al. 2024, arXiv 2406.04093).
+
+        c = TopK(ReLU(E (x - a) + b)),   x_hat = D^T c + a
+
+    Trained on the error alone, without their auxiliary loss for dead features. ``k`` is stored with the weights.
+    """
+
+    kind = "topk"
+
+    def __init__(self, n_features: int, d: int, *, k: int = 0, generator: torch.Generator | None = None):
+        super().__init__(n_features, d, generator=generator)
+        self.register_buffer("k", torch.tensor(k))
+
+    def encode(self, x: Tensor) -> Tensor:
+        return keep_largest(super().encode(x), int(self.k))
+
+
+def keep_largest(code: Tensor, k: int) -> Tensor:
+    """`code` [..., n_features] with all but the `k` largest entries of each row set to 0."""
+    values, places = code.topk(k, dim=-1)
+    return torch.zeros_like(code).scatter_(-1, places, values)
+
+
+KINDS: dict[str, type[Dictionary]] = {member.kind: member for member in (TiedSAE, UntiedSAE, StandardSAE, TopKSAE)}
 
 
 def save(dictionary: Dictionary, path: Path, **about) -> None:
