@@ -149,7 +149,7 @@ class TopKSAE(StandardSAE):
 
     kind = "topk"
 
-    def __init__(self, n_features: int, d: int, *, k: int = 0, generator: torch.Generator | None = None):
+    def __init__(self, n_features: int, d: int, *, k: int = 32, generator: torch.Generator | None = None):
         super().__init__(n_features, d, generator=generator)
         self.register_buffer("k", torch.tensor(k))
 
@@ -159,7 +159,7 @@ class TopKSAE(StandardSAE):
 
 def keep_largest(code: Tensor, k: int) -> Tensor:
     """`code` [..., n_features] with all but the `k` largest entries of each row set to 0."""
-    values, places = code.topk(k, dim=-1)
+    values, places = code.topk(min(k, code.shape[-1]), dim=-1)
     return torch.zeros_like(code).scatter_(-1, places, values)
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from saelib.dictionaries import Dictionary
+from saelib.dictionaries import Dictionary, keep_largest
 
 
 def sae_loss(x: Tensor, x_hat: Tensor, code: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -23,25 +23,28 @@ def sae_loss(x: Tensor, x_hat: Tensor, code: Tensor, alpha: float) -> tuple[Tens
 
 
 def hand_gradient(dictionary: Dictionary, x: Tensor, alpha: float, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Set ``.grad`` of the parameters of a tied or untied autoencoder to the gradient of `sae_loss`.
+    """Set ``.grad`` of the parameters of any of our autoencoders to the gradient of `sae_loss`.
 
-    With residual r = 2 (x_hat - x) / (batch * d) and g = (r D^T + alpha / batch) where c > 0:
+    With y = x - decoder bias (where there is one), residual r = 2 (x_hat - x) / (batch * d) = 2 (D^T c - y) / (batch * d)
+    and g = (r D^T + alpha / batch) where c > 0:
 
-        grad D = c^T r,   grad E = g^T x,   grad b = sum of g over the batch
+        grad D = c^T r,   grad E = g^T y,   grad b = sum of g over the batch,   grad decoder bias = sum of (r - g E)
 
     and for a matrix of unit rows M = W / ||W|| the chain rule gives (grad M - (grad M . M) M) / ||W||. Tied: D = E = M.
     Products run in `dtype`, sums over the weights in the weights' own. `x` [batch, d] is standardised. Returns ``error``
     (0-d) and ``code`` [batch, n_features]. Equal to autograd (tests/test_losses.py); timed by tests/benchmarks/bench_step.py.
     """
-    tied = dictionary.kind == "tied"
+    tied, offset = dictionary.kind == "tied", getattr(dictionary, "decoder_bias", None)
     batch, d = x.shape
     free = dictionary.weight if tied else dictionary.decoder
     norm = free.detach().norm(dim=1, keepdim=True).clamp(min=1e-8)
     rows = free.detach() / norm
     decoder = rows.to(dtype)
     encoder = decoder if tied else dictionary.weight.detach().to(dtype)
-    x = x.to(dtype)
+    x = (x if offset is None else x - offset.detach()).to(dtype)
     code = torch.addmm(dictionary.bias.detach().to(dtype), x, encoder.T).relu_()
+    if dictionary.kind == "topk":
+        code = keep_largest(code, int(dictionary.k))
     residual = torch.addmm(x, code, decoder, beta=-1)
     error = torch.linalg.vector_norm(residual, dtype=free.dtype).square() / (batch * d)
     residual *= 2 / (batch * d)
@@ -56,4 +59,6 @@ def hand_gradient(dictionary: Dictionary, x: Tensor, alpha: float, dtype: torch.
         dictionary.weight.grad = (gradient.T @ x).to(free.dtype)
     free.grad = (to_rows - (to_rows * rows).sum(1, keepdim=True) * rows).div_(norm)
     dictionary.bias.grad = gradient.sum(0, dtype=free.dtype)
+    if offset is not None:
+        offset.grad = residual.sum(0, dtype=free.dtype) - dictionary.bias.grad @ dictionary.weight.detach()
     return {"error": error, "code": code}

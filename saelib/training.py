@@ -13,9 +13,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import saelib
-from saelib import dictionaries, files, metrics
+from saelib import dictionaries, files, metrics, steps
 from saelib.dictionaries import Dictionary
-from saelib.losses import hand_gradient
 from saelib.store import ActivationStore
 
 LOG_EVERY = 25  # steps between two readings of the loss: reading waits for the device
@@ -30,10 +29,10 @@ class TrainingError(RuntimeError):
 class TrainConfig:
     """What a trained dictionary depends on, besides the activations. The paper's values in brackets.
 
-    kind : "tied" or "untied" ["tied"; "untied" for some MLP dictionaries].
+    kind : "tied", "untied", "standard" or "topk" ["tied"; "untied" for some MLP dictionaries].
     ratio : n_features / d [0.5 to 8; 2 in Figure 2].
     alpha : weight of the L1 term on the code's scale, see `losses.sae_loss` [8.577e-4 residual, 3.162e-4 MLP, for
-        activations in the model's units; here activations are scaled to a mean square of 1 per coordinate].
+        activations in the model's units; here activations are scaled to a mean square of 1 per coordinate]. 0 for "topk".
     lr : Adam's learning rate [1e-3 nominal]. Betas 0.9 and 0.999, eps 1e-8, a correct step counter.
     batch_size : activations per step [1024 or 2048].
     passes : passes over the activations [1, over 21 million].
@@ -41,6 +40,7 @@ class TrainConfig:
     centre : take off the mean before encoding and add it after decoding [False].
     scale : divide by the root mean square per coordinate [False].
     seed : of the initial weights and of the order of the activations.
+    k : active features of "topk", 0 for the others [not in the paper].
     """
 
     kind: str = "tied"
@@ -54,6 +54,7 @@ class TrainConfig:
     centre: bool = False
     scale: bool = True
     seed: int = 0
+    k: int = 0
 
     def __post_init__(self):
         if self.kind not in dictionaries.KINDS:
@@ -63,14 +64,16 @@ class TrainConfig:
         for name, value in (positive | others).items():
             if not math.isfinite(value) or value < 0 or (name in positive and value == 0):
                 raise ValueError(f"{name} = {value}: wants a finite number {'above' if name in positive else 'from'} 0")
+        if (self.k > 0) != (self.kind == "topk") or (self.k and self.alpha):
+            raise ValueError("k is for the kind 'topk', which wants k from 1 and alpha 0; the others want k = 0")
         if not 0 <= self.decay <= 1:
             raise ValueError(f"decay is a share of all steps, 0 to 1, not {self.decay}")
 
     @property
     def name(self) -> str:
         """File stem, for example ``tied_r2_a0.003_s0``; with a short key behind it when another field is not the default."""
-        stem = f"{self.kind}_r{self.ratio:g}_a{self.alpha:g}_s{self.seed}"
-        named = {"kind", "ratio", "alpha", "seed"}
+        stem = f"{self.kind}_r{self.ratio:g}_{f'k{self.k}' if self.k else f'a{self.alpha:g}'}_s{self.seed}"
+        named = {"kind", "ratio", "alpha", "seed", "k"}
         others = {
             f.name: value for f in fields(self) if f.name not in named and (value := getattr(self, f.name)) != f.default
         }
@@ -140,7 +143,7 @@ def train(
     if store.n_batches(config.batch_size) == 0:
         raise TrainingError(f"batch_size {config.batch_size} is more than the {store.n} activations of {store.folder}")
     dictionary = start(store, config).to(device)
-    optimiser = torch.optim.Adam(dictionary.parameters(), lr=config.lr, fused=True)
+    optimiser = steps.adam(dictionary, config.lr)
     checkpoint = folder / f"{config.name}.checkpoint.safetensors"
     step, history = _restore(checkpoint, dictionary, optimiser, spec)
     per_pass = store.n_batches(config.batch_size)
@@ -156,14 +159,13 @@ def train(
             # a new order in each pass; the paper's code reuses one permutation for every chunk
             seed = config.seed * 1_000_003 + epoch
             for x in store.batches(config.batch_size, seed=seed, start=within):
-                optimiser.param_groups[0]["lr"] = learning_rate(step, total, config)
                 x = dictionary.standardise(x.to(device, non_blocking=True))
-                found = hand_gradient(dictionary, x, config.alpha, dtype)
-                optimiser.step()
+                rate = learning_rate(step, total, config)
+                found = steps.step(dictionary, optimiser, x, config.alpha, dtype, rate)
                 step += 1
                 errors.append(found["error"])
                 if step % LOG_EVERY == 0 or step == total:
-                    _log(history, step, errors, found["code"], bar, checkpoint)
+                    _log(history, step, errors, found, bar, checkpoint)
                     bar.update(step - bar.n)
                     errors.clear()
                 if step in evaluate_at:
@@ -183,7 +185,9 @@ def train(
 def start(store: ActivationStore, config: TrainConfig) -> Dictionary:
     """The untrained dictionary of `config`, with the store's mean and scale where asked for."""
     generator = torch.Generator().manual_seed(config.seed)
-    dictionary = dictionaries.KINDS[config.kind](round(config.ratio * store.d), store.d, generator=generator)
+    options = {"k": config.k} if config.kind == "topk" else {}
+    n_features = round(config.ratio * store.d)
+    dictionary = dictionaries.KINDS[config.kind](n_features, store.d, generator=generator, **options)
     if config.centre:
         dictionary.mean.copy_(store.mean)
     if config.scale:
@@ -204,7 +208,7 @@ def sweep(
     return rows
 
 
-def _log(history: dict, step: int, errors: list, code: torch.Tensor, bar: tqdm, checkpoint: Path) -> None:
+def _log(history: dict, step: int, errors: list, found: dict, bar: tqdm, checkpoint: Path) -> None:
     """Read the errors since the last call (the only wait for the device) and enter their mean into `history`."""
     read = torch.stack(errors).tolist()
     for number, error in enumerate(read):
@@ -213,8 +217,8 @@ def _log(history: dict, step: int, errors: list, code: torch.Tensor, bar: tqdm, 
     row = {
         "step": step,
         "error": sum(read) / len(read),
-        "sparsity": code.sum(1, dtype=torch.float32).mean().item(),
-        "l0": (code != 0).sum(1).float().mean().item(),
+        "sparsity": float(found["sparsity"]),
+        "l0": float(found["l0"]),
     }
     history["train"].append(row)
     bar.set_postfix_str(f"error {row['error']:.3f}, L0 {row['l0']:.0f}", refresh=False)

@@ -13,7 +13,7 @@ def by_hand(kind: str):
     made = dictionaries.KINDS[kind](2, 2)
     with torch.no_grad():
         (made.weight if kind == "tied" else made.decoder).copy_(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
-        if kind == "untied":
+        if kind != "tied":
             made.weight.copy_(torch.tensor([[1.0, 0.0], [-1.0, 1.0]]))
         made.bias.copy_(torch.tensor([-1.0, 0.5]))
     return made
@@ -60,6 +60,24 @@ def test_the_untied_formula_by_hand():
     code = made.encode(torch.tensor([1.0, 2.0]))
     torch.testing.assert_close(code, torch.tensor([0.0, 1.5]))
     torch.testing.assert_close(made.decode(code), torch.tensor([0.0, 1.5]))
+
+
+def test_the_standard_formula_by_hand():
+    # y = (1, 2) - (1, 1) = (0, 1);  c = relu((0 - 1, 1 + 0.5)) = (0, 1.5);  x_hat = 1.5 (0, 1) + (1, 1)
+    made = by_hand("standard")
+    made.decoder_bias.data.fill_(1.0)
+    code = made.encode(torch.tensor([1.0, 2.0]))
+    torch.testing.assert_close(code, torch.tensor([0.0, 1.5]))
+    torch.testing.assert_close(made.decode(code), torch.tensor([1.0, 2.5]))
+
+
+def test_topk_keeps_the_largest_of_the_standard_code():
+    made = by_hand("topk")
+    x = torch.tensor([[3.0, 4.0], [4.0, 3.0]])  # standard codes (2, 1.5) and (3, 0)
+    made.k.fill_(1)
+    assert torch.equal(made.encode(x), torch.tensor([[2.0, 0.0], [3.0, 0.0]]))
+    made.k.fill_(5)  # more than there are: all
+    assert torch.equal(made.encode(x), torch.tensor([[2.0, 1.5], [3.0, 0.0]]))
 
 
 @pytest.mark.parametrize("kind", dictionaries.KINDS)
@@ -123,8 +141,8 @@ def test_save_and_load_give_the_same_dictionary_and_its_description(dictionary, 
 
 def test_an_unknown_kind_is_refused_with_the_known(saved):
     head = saved.with_suffix(".json")
-    files.write_json(head, files.read_json(head) | {"kind": "topk"})
-    with pytest.raises(dictionaries.DictionaryError, match="unknown kind 'topk'; known are tied, untied") as caught:
+    files.write_json(head, files.read_json(head) | {"kind": "gated"})
+    with pytest.raises(dictionaries.DictionaryError, match="unknown kind 'gated'; known are tied, untied") as caught:
         dictionaries.load(saved)
     assert str(saved) in str(caught.value)
 
@@ -148,7 +166,7 @@ def test_wrong_shapes_are_refused_by_name(saved, change):
 
 def test_another_kind_than_the_files_is_refused_by_name(saved, dictionary):
     head = saved.with_suffix(".json")
-    other = {"tied": "untied", "untied": "tied"}[dictionary.kind]
+    other = "tied" if dictionary.kind != "tied" else "untied"
     files.write_json(head, files.read_json(head) | {"kind": other})
     with pytest.raises(dictionaries.DictionaryError, match="decoder") as caught:
         dictionaries.load(saved)

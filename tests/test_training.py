@@ -19,6 +19,11 @@ from saelib.training import TrainConfig, TrainingError, learning_rate, train
 SHORT = TrainConfig(batch_size=32, passes=6, lr=5e-3)  # 18 steps a pass: 108 steps
 
 
+def form(kind):
+    """The fields of a `TrainConfig` that belong together."""
+    return {"kind": kind, "alpha": 0.0, "k": 6} if kind == "topk" else {"kind": kind}
+
+
 def checkpoint_head(path):
     with safe_open(path, "pt") as file:
         return json.loads(file.metadata()["head"])
@@ -33,7 +38,7 @@ def stores(harvested):
 @pytest.mark.parametrize("kind", dictionaries.KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_few_hundred_steps_lower_the_error(stores, tmp_path, kind, dtype):
-    config = TrainConfig(kind=kind, batch_size=32, passes=20, lr=3e-3, alpha=1e-3, centre=True)
+    config = TrainConfig(batch_size=32, passes=20, lr=3e-3, centre=True, **form(kind))
     before = metrics.evaluate(training.start(stores[0], config), stores[1].chunks(100), stores[1].mean)
     dictionary, about = train(*stores, config, tmp_path, dtype=dtype)
     errors = [row["error"] for row in about["history"]["train"]]
@@ -206,8 +211,8 @@ torch.set_num_threads(2)
 from saelib import training
 from saelib.store import ActivationStore
 
-steps, step = [], training.hand_gradient
-training.hand_gradient = lambda *arguments: steps.append(1) or step(*arguments)
+steps, step = [], training.steps.step
+training.steps.step = lambda *arguments: steps.append(1) or step(*arguments)
 source, folder, passes = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 config = training.TrainConfig(batch_size=32, passes=passes, lr=3e-3, warmup_steps=10, decay=0.5)
 stores = ActivationStore(source), ActivationStore(source, "held_out")
@@ -302,7 +307,7 @@ def test_a_gradient_that_overflows_in_the_last_step_makes_no_finished_dictionary
 
 @pytest.mark.parametrize("kind", dictionaries.KINDS)
 def test_a_huge_learning_rate_stops_training_by_its_step(stores, tmp_path, kind):
-    config = TrainConfig(**vars(SHORT) | {"kind": kind, "lr": 1e38})
+    config = TrainConfig(**vars(SHORT) | form(kind) | {"lr": 1e38})
     with pytest.raises(TrainingError, match=rf"not finite at step 2 of {config.name}; .*Lower the learning rate"):
         train(*stores, config, tmp_path)
 
@@ -319,7 +324,7 @@ def test_a_batch_larger_than_the_store_is_refused_with_both_numbers(stores, tmp_
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"kind": "topk"},
+        {"kind": "gated"},
         {"ratio": 0},
         {"ratio": -1.0},
         {"lr": 0.0},
@@ -339,6 +344,12 @@ def test_impossible_settings_are_refused_with_the_value_given(wrong):
     with pytest.raises(ValueError, match=name) as caught:
         TrainConfig(**wrong)
     assert str(value) in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", [{"k": 4}, {"kind": "topk", "alpha": 0.0}, {"kind": "topk", "alpha": 1e-3, "k": 4}])
+def test_k_and_alpha_exclude_each_other(wrong):
+    with pytest.raises(ValueError, match="the kind 'topk', which wants k from 1 and alpha 0"):
+        TrainConfig(**wrong)
 
 
 def test_the_name_tells_kind_ratio_alpha_and_seed():

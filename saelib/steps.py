@@ -1,0 +1,112 @@
+"""One training step: over the active entries alone where a code is sparse and a CPU does it, else with dense products."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saelib.dictionaries import Dictionary
+from saelib.losses import hand_gradient
+
+DENSE_ABOVE = 0.3  # share of active entries from which five dense products are the faster way
+
+
+def adam(dictionary: Dictionary, lr: float) -> torch.optim.Adam:
+    """Adam (betas 0.9 and 0.999, eps 1e-8, a correct step counter) whose moments exist from the start."""
+    optimiser = torch.optim.Adam(dictionary.parameters(), lr=lr, fused=True)
+    for parameter in dictionary.parameters():
+        zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        optimiser.state[parameter] = {"step": torch.zeros((), device=parameter.device)} | zeros
+    return optimiser
+
+
+def step(
+    dictionary: Dictionary, optimiser: torch.optim.Adam, x: Tensor, alpha: float, dtype: torch.dtype, lr: float
+) -> dict[str, Tensor | float]:
+    """One step of Adam on `losses.sae_loss` for standardised `x` [batch, d], products in `dtype`.
+
+    Returns ``error`` (0-d) and, of the batch before the step, ``l0`` and ``sparsity`` (mean L1 norm of the code), as
+    tensors or numbers. Both ways give the same step up to rounding (tests/test_steps.py); which one is taken depends on
+    the share of active entries alone, so a resumed run takes the same.
+    """
+    optimiser.param_groups[0]["lr"] = lr
+    if x.device.type == "cpu" and x.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float32):
+        found = _sparse_step(dictionary, optimiser, x, alpha, dtype)
+        if found is not None:
+            return found
+    found = hand_gradient(dictionary, x, alpha, dtype)
+    optimiser.step()
+    code = found["code"]
+    return {
+        "error": found["error"],
+        "l0": (code != 0).sum() / len(x),
+        "sparsity": code.sum(dtype=torch.float32) / len(x),
+    }
+
+
+def _sparse_step(dictionary, optimiser, x: Tensor, alpha: float, dtype: torch.dtype) -> dict | None:
+    """The step by `kernels`, or None, with nothing changed, where more than `DENSE_ABOVE` of the entries are active."""
+    from saelib import kernels  # numba takes a second to import, and a GPU does without
+
+    kernels.numba.set_num_threads(min(torch.get_num_threads(), kernels.numba.config.NUMBA_NUM_THREADS))
+    tied, offset = dictionary.kind == "tied", getattr(dictionary, "decoder_bias", None)
+    (batch, d), n_features = x.shape, dictionary.n_features
+    x = (x if offset is None else x - offset.detach()).contiguous()
+    encoder = _row(dictionary.weight, optimiser)
+    decoder = encoder if tied else _row(dictionary.decoder, optimiser)
+    inverse, low = np.empty(n_features, np.float32), torch.empty(n_features, d, dtype=dtype)
+    half = dtype == torch.bfloat16
+    kernels.prepare(decoder[0], encoder[0], tied, inverse, (low.view(torch.int16) if half else low).numpy())
+    pre = torch.addmm(dictionary.bias.detach().to(dtype), x.to(dtype), low.T)
+
+    offsets = np.zeros(batch + 1, np.int64)
+    if dictionary.kind == "topk":
+        columns, code = _largest(pre, int(dictionary.k), offsets)
+    else:
+        bits, lowest, shift = (torch.int16, -0x80, 16) if half else (torch.int32, -0x800000, 0)
+        bits = pre.view(bits).numpy()
+        kernels.count_active(bits, lowest, offsets)
+        if offsets[-1] > DENSE_ABOVE * bits.size:
+            return None
+        columns, code = np.empty(offsets[-1], np.int32), np.empty(offsets[-1], np.float32)
+        kernels.gather_active(bits, lowest, shift, offsets, columns, code.view(np.int32))
+
+    x, residual, gradient, errors = (
+        x.numpy(),
+        np.empty((batch, d), np.float32),
+        np.empty_like(code),
+        np.empty(batch, np.float32),
+    )
+    factor, penalty = np.float32(2 / (batch * d)), np.float32(alpha / batch)
+    kernels.residuals(x, offsets, columns, code, decoder[0], inverse, factor, penalty, residual, gradient, errors)
+    starts, rows, entries = np.empty(n_features + 1, np.int64), np.empty_like(columns), np.empty_like(columns)
+    kernels.by_feature(offsets, columns, starts, rows, entries)
+    if offset is not None:  # before the encoder changes
+        sums = np.bincount(columns, gradient, n_features).astype(np.float32)
+        to_offset = residual.sum(0) - (torch.from_numpy(sums) @ dictionary.weight.detach()).numpy()
+
+    for state in optimiser.state.values():
+        state["step"] += 1
+    count, (beta1, beta2), lr = int(state["step"]), optimiser.defaults["betas"], optimiser.param_groups[0]["lr"]
+    settings = (lr / (1 - beta1**count), (1 - beta2**count) ** 0.5, beta1, beta2, optimiser.defaults["eps"])
+    with np.errstate(over="ignore"):  # a rate beyond float32 shows as a loss that is not finite
+        settings = tuple(map(np.float32, settings))
+    bias = _row(dictionary.bias, optimiser)
+    kernels.update(tied, starts, rows, entries, code, gradient, residual, x, encoder, decoder, bias, inverse, settings)
+    if offset is not None:
+        weights, *moments = _row(offset, optimiser)
+        kernels.adam(weights, to_offset, *moments, *settings)
+    return {"error": torch.tensor(errors.sum() / (batch * d)), "l0": len(code) / batch, "sparsity": code.sum() / batch}
+
+
+def _row(parameter: Tensor, optimiser) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Weights, first and second moment of a parameter, as arrays on the same memory."""
+    state = optimiser.state[parameter]
+    return tuple(value.detach().numpy() for value in (parameter, state["exp_avg"], state["exp_avg_sq"]))
+
+
+def _largest(pre: Tensor, k: int, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Feature numbers and values of the k largest entries of each row of `pre`, as far as they are positive."""
+    values, places = pre.topk(min(k, pre.shape[1]), dim=1)
+    positive = values > 0
+    offsets[1:] = positive.sum(1).cumsum(0).numpy()
+    return places[positive].to(torch.int32).numpy(), values[positive].float().numpy()

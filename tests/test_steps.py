@@ -1,0 +1,110 @@
+"""The step over active entries against the dense one, and the rule that chooses between them."""
+
+import pytest
+import torch
+
+from saelib import dictionaries, steps
+
+LR, ALPHA = 1e-2, 2e-3
+
+
+def pair(kind: str, bias: float = -0.6, n_features: int = 96, d: int = 40):
+    """The same random dictionary twice, with optimisers, and a batch of which about a tenth of the codes is active."""
+    made = []
+    for _ in range(2):
+        generator = torch.Generator().manual_seed(0)
+        one = dictionaries.KINDS[kind](n_features, d, generator=generator)
+        with torch.no_grad():
+            one.bias.fill_(bias)
+            if kind == "topk":
+                one.k.fill_(9)
+            if hasattr(one, "decoder_bias"):
+                one.decoder_bias.normal_(std=0.1, generator=generator)
+        made.append((one, steps.adam(one, LR)))
+    return *made, 0.7 * torch.randn(64, d, generator=generator)
+
+
+def dense(dictionary, optimiser, x, dtype):
+    found = steps.hand_gradient(dictionary, x, ALPHA, dtype)
+    optimiser.step()
+    return found
+
+
+@pytest.mark.parametrize("kind", dictionaries.KINDS)
+def test_several_sparse_steps_equal_dense_gradient_and_adam(kind):
+    (sparse, mine), (other, theirs), x = pair(kind)
+    for _ in range(5):
+        found = steps._sparse_step(sparse, mine, x, ALPHA, torch.float32)
+        expected = dense(other, theirs, x, torch.float32)
+        assert 0.02 < found["l0"] / 96 < 0.3
+        assert found["error"].item() == pytest.approx(expected["error"].item(), rel=1e-5)
+        assert found["l0"] == (expected["code"] != 0).sum().item() / len(x)
+        assert found["sparsity"] == pytest.approx(expected["code"].sum(1).mean().item(), rel=1e-5)
+    for (name, value), expected in zip(sparse.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-5, msg=name)
+        for moment in ("step", "exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(
+                mine.state[value][moment], theirs.state[expected][moment], rtol=1e-3, atol=1e-7, msg=name
+            )
+
+
+@pytest.mark.parametrize("kind", dictionaries.KINDS)
+def test_in_bfloat16_only_rounding_differs(kind):
+    (sparse, mine), (other, _), x = pair(kind)
+    start = {name: value.detach().clone() for name, value in sparse.named_parameters()}
+    found = steps._sparse_step(sparse, mine, x, ALPHA, torch.bfloat16)
+    expected = steps.hand_gradient(other, x, ALPHA, torch.float32)
+    assert found["error"].item() == pytest.approx(expected["error"].item(), rel=1e-2)
+    for name, value in sparse.named_parameters():
+        moved = mine.state[value]["exp_avg"] / (1 - 0.9)
+        true = dict(other.named_parameters())[name].grad
+        assert torch.nn.functional.cosine_similarity(moved.flatten(), true.flatten(), dim=0) > 0.99, name
+        assert not torch.equal(value, start[name])
+
+
+def test_a_feature_that_is_not_active_still_moves_by_its_momentum():
+    (sparse, mine), (other, theirs), x = pair("tied")
+    for batch in (x, x * 1e-6):
+        steps._sparse_step(sparse, mine, batch, ALPHA, torch.float32)
+        dense(other, theirs, batch, torch.float32)
+    torch.testing.assert_close(sparse.weight, other.weight, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_result_does_not_depend_on_the_number_of_threads(threads):
+    (one, mine), (two, theirs), x = pair("standard")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        steps._sparse_step(one, mine, x, ALPHA, torch.float32)
+        torch.set_num_threads(before)
+        steps._sparse_step(two, theirs, x, ALPHA, torch.float32)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_a_dense_code_is_left_to_the_dense_step_and_a_sparse_one_is_not(monkeypatch):
+    calls = []
+    monkeypatch.setattr(steps, "hand_gradient", lambda *a, f=steps.hand_gradient: calls.append(1) or f(*a))
+    for bias, expected in ((5.0, 1), (-0.6, 0)):
+        calls.clear()
+        (one, optimiser), _, x = pair("tied", bias)
+        before = one.weight.detach().clone()
+        found = steps.step(one, optimiser, x, ALPHA, torch.float32, LR)
+        assert len(calls) == expected
+        assert float(found["l0"]) > 0 and float(found["sparsity"]) > 0
+        assert optimiser.state[one.weight]["step"] == 1 and not torch.equal(one.weight, before)
+
+
+def test_a_batch_that_is_not_finite_shows_in_the_error():
+    (one, optimiser), _, x = pair("tied")
+    x[3, 4] = float("nan")
+    assert not torch.isfinite(steps._sparse_step(one, optimiser, x, ALPHA, torch.float32)["error"])
+
+
+def test_no_active_feature_at_all():
+    (one, optimiser), _, x = pair("tied", bias=-100.0)
+    found = steps.step(one, optimiser, x, ALPHA, torch.float32, LR)
+    assert (found["l0"], found["sparsity"]) == (0, 0)
+    assert found["error"].item() == pytest.approx(x.square().mean().item(), rel=1e-5)
