@@ -14,7 +14,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help replicate test unit pipeline nbval data figures refresh bench lint lab clean
+.PHONY: help replicate test unit pipeline nbval interop data figures refresh search bench lint lab clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -52,6 +52,12 @@ pipeline: data  ## the smoke profile end to end in a temporary folder
 
 nbval: data  ## run the committed notebooks and compare their checked cells
 	$(BIN)/python -m pytest -m notebooks
+
+interop: data  ## load our folders with SAELens and dictionary_learning (installs them in an environment of their own)
+	$(BIN)/python -m pytest -m interop
+
+search: data  ## the search over training settings behind notebook 02 (half an hour)
+	$(BIN)/python workflow/search_settings.py
 
 bench: data  ## the benchmarks of tests/benchmarks, each against its limit or rival in the same run
 	$(BIN)/python -m tests.benchmarks

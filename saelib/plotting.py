@@ -17,9 +17,11 @@ from saelib.paths import FIGURES
 NARROW, WIDE = (3.3, 2.6), (6.8, 2.8)  # inches: one column, two columns
 
 #: A method keeps its colour and marker in every figure. Learned dictionaries are blue and violet, baselines grey to orange.
-COLOURS = {"tied": "#1f5fa8", "untied": "#8e44ad", "pca": "#e08a2e", "random": "#7f7f7f"}
-MARKERS = {"tied": "o", "untied": "s", "pca": "^", "random": "x"}
-LABELS = {"tied": "tied (the paper's)", "untied": "untied", "pca": "PCA", "random": "random directions"}
+COLOURS = {"tied": "#1f5fa8", "untied": "#8e44ad", "standard": "#00838f", "topk": "#b8336a"}
+COLOURS |= {"pca": "#e08a2e", "random": "#7f7f7f"}
+MARKERS = {"tied": "o", "untied": "s", "standard": "D", "topk": "v", "pca": "^", "random": "x"}
+LABELS = {"tied": "tied (the paper's)", "untied": "untied", "standard": "standard", "topk": "TopK"}
+LABELS |= {"pca": "PCA", "random": "random directions"}
 
 
 def use_style() -> None:
@@ -66,25 +68,39 @@ def plain_log(axis) -> None:
     axis.set_minor_formatter(mpl.ticker.NullFormatter())
 
 
-def fig6_tradeoff(table: pd.DataFrame, axes: Axes) -> Axes:
-    """Paper Figure 6: FVU against mean L0, one line per kind and ratio, a point per alpha.
+def _hook_label(hook: str) -> str:
+    """``layer 10, hook_resid_post`` for ``blocks.10.hook_resid_post``."""
+    return "layer {1}, {2}".format(*hook.split(".", 2))
 
-    `table` has kind, ratio, alpha, l0, fvu and fvu_interval.
+
+def fig6_tradeoff(table: pd.DataFrame, axes: tuple[Axes, Axes]) -> tuple[Axes, Axes]:
+    """Paper Figure 6: FVU against mean L0, a point per dictionary. Left: tied, a line per hook; right: the hook that has
+    several kinds, a line per kind. `table` has hook, kind, alpha, l0, fvu and fvu_interval.
     """
-    ratios = _shades(table["ratio"])
-    for (kind, ratio), part in table.sort_values("l0").groupby(["kind", "ratio"]):
+    main = table.loc[table["kind"] != "tied", "hook"].iloc[0]
+    hooks = sorted(table["hook"].unique(), key=lambda hook: int(hook.split(".")[1]))
+    shades = _shades(range(len(hooks)))
+    lines = [
+        (axes[0], table[(table["hook"] == hook) & (table["kind"] == "tied")], shades[n], "o", _hook_label(hook))
+        for n, hook in enumerate(hooks)
+    ]
+    lines += [
+        (axes[1], part, COLOURS[kind], MARKERS[kind], LABELS[kind])
+        for kind, part in table[table["hook"] == main].groupby("kind", sort=False)
+    ]
+    for axis, part, colour, marker, label in lines:
+        part = part.sort_values("l0")
         error = np.abs(np.array(part["fvu_interval"].tolist()).T - part["fvu"].to_numpy())
-        style = {"color": ratios[ratio] if kind == "tied" else COLOURS[kind], "marker": MARKERS[kind]}
-        axes.errorbar(part["l0"], part["fvu"], yerr=error, label=f"{LABELS[kind]}, R = {ratio:g}", lw=1.2, **style)
-    main = table[(table["kind"] == "tied") & table.groupby(["kind", "ratio"])["alpha"].transform("count").gt(2)]
-    for _, row in main.iterrows():
+        axis.errorbar(part["l0"], part["fvu"], yerr=error, color=colour, marker=marker, lw=1.2, label=label)
+    for row in table[(table["hook"] == main) & (table["kind"] == "tied")].itertuples():
         offset = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 6.5, "color": "#444444"}
-        axes.annotate(f"α = {row['alpha']:g}", (row["l0"], row["fvu"]), **offset)
-    axes.set(xscale="log", xlabel="mean number of active features, L0 (log scale)", ylabel="unexplained variance, FVU")
-    plain_log(axes.xaxis)
-    axes.margins(x=0.1)
-    axes.set_ylim(bottom=0)
-    axes.legend()
+        axes[0].annotate(f"α = {row.alpha:g}", (row.l0, row.fvu), **offset)
+    for axis in axes:
+        axis.set(xscale="log", xlabel="active features, L0 (log scale)", ylim=(0, None))
+        plain_log(axis.xaxis)
+        axis.margins(x=0.15)
+        axis.legend(fontsize=7)
+    axes[0].set_ylabel("unexplained variance, FVU")
     return axes
 
 
@@ -105,6 +121,69 @@ def fig7_convergence(table: pd.DataFrame, axes: tuple[Axes, Axes]) -> tuple[Axes
         axis.set_xlabel("activations seen (thousands)")
     plain_log(axes[1].yaxis)
     axes[1].legend(title="α", loc="center left", bbox_to_anchor=(1, 0.5))
+    return axes
+
+
+def fig16_alive(table: pd.DataFrame, axes: list[Axes]) -> list[Axes]:
+    """Paper Figure 16: share of features alive against alpha, a line per ratio, a panel per hook and kind.
+
+    `table` has hook, kind, ratio, alpha, alive.
+    """
+    shades, markers = _shades(table["ratio"]), dict(zip(sorted(table["ratio"].unique()), "vosD^<>P", strict=False))
+    for axis, ((hook, kind), part) in zip(axes, table.groupby(["hook", "kind"], sort=False), strict=True):
+        for ratio, line in part.sort_values("alpha").groupby("ratio"):
+            axis.plot(line["alpha"], line["alive"], color=shades[ratio], marker=markers[ratio], label=f"R = {ratio:g}")
+        axis.set_xscale("symlog", linthresh=1e-4)
+        axis.set_xticks([0, 1e-4, 1e-3, 1e-2], ["0", "1e-4", "1e-3", "1e-2"])
+        axis.set(xlim=(-3e-5, 1.2e-2), ylim=(0, 1.05), xlabel=f"α (log scale from 1e-4)\n{_hook_label(hook)}, {kind}")
+        axis.legend(loc="lower left", fontsize=7)
+    axes[0].set_ylabel("share of features alive")
+    return axes
+
+
+def x_reconstruction(table: pd.DataFrame, clean: float, axes: Axes) -> Axes:
+    """Perplexity under reconstruction against L0, a line per kind (columns kind, l0, perplexity); dashed: unchanged."""
+    for kind, part in table.sort_values("l0").groupby("kind", sort=False):
+        axes.plot(part["l0"], part["perplexity"], color=COLOURS[kind], marker=MARKERS[kind], label=LABELS[kind])
+    axes.axhline(clean, color="#444444", ls="--", lw=1, label="unchanged model")
+    axes.set(xscale="log", yscale="log", xlabel="active features, L0 (log scale)", ylabel="perplexity (log scale)")
+    plain_log(axes.xaxis)
+    plain_log(axes.yaxis)
+    axes.legend()
+    return axes
+
+
+def x_same_features(table: pd.DataFrame, axes: Axes) -> Axes:
+    """Share of features whose largest cosine with a feature of another dictionary is at least x (columns other, cosine)."""
+    seeds = [name for name in table["other"].unique() if name.startswith("seed")]
+    sizes = [name for name in table["other"].unique() if name.startswith("R =")]
+    colours = dict(zip(seeds, _shades(range(len(seeds)), "Blues", 0.7).values(), strict=True))
+    colours |= dict(zip(sizes, _shades(range(len(sizes)), "Purples", 0.4, 0.8).values(), strict=True))
+    colours |= {"TopK": COLOURS["topk"], "PCA": COLOURS["pca"], "random": COLOURS["random"]}
+    for other, part in table.groupby("other", sort=False):
+        ordered = np.sort(part["cosine"])[::-1]
+        style = "-" if other in seeds else ":" if other in ("PCA", "random") else "--"
+        axes.plot(ordered, np.arange(1, len(ordered) + 1) / len(ordered), style, color=colours[other], label=other)
+    axes.axvline(0.9, color="#bbbbbb", lw=0.8)
+    axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="largest cosine", ylabel="share of features at or above it")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return axes
+
+
+def x_settings(table: pd.DataFrame, axes: Axes) -> Axes:
+    """Search over training settings: mean FVU after one change over that without (columns kind, change, relative)."""
+    changes = table["change"].drop_duplicates().tolist()
+    for kind, part in table.groupby("kind", sort=False):
+        places = [changes.index(change) for change in part["change"]]
+        axes.plot(part["relative"], places, MARKERS[kind], color=COLOURS[kind], label=LABELS[kind])
+    axes.axvspan(0.98, 1.02, color="#eeeeee", zorder=0)
+    axes.axvline(1, color="#444444", ls=":", lw=1)
+    axes.set_yticks(range(len(changes)), [change.replace("_", " ") for change in changes])
+    axes.set(xscale="log", xlabel="mean FVU relative to no change (log scale; left is better)")
+    plain_log(axes.xaxis)
+    axes.xaxis.set_major_locator(mpl.ticker.FixedLocator([0.85, 1, 1.2, 1.5, 1.8]))
+    axes.invert_yaxis()
+    axes.legend(loc="lower right")
     return axes
 
 
@@ -139,7 +218,7 @@ def x_spectrum(table: pd.DataFrame, axes: Axes) -> Axes:
     """Share of variance held by the k largest coordinates of the default basis, per hook. Columns hook, k, share."""
     hooks = table["hook"].drop_duplicates()
     for hook, colour in zip(hooks, _shades(range(len(hooks))).values(), strict=True):
-        part, label = table[table["hook"] == hook], "layer {1}, {2}".format(*hook.split(".", 2))
+        part, label = table[table["hook"] == hook], _hook_label(hook)
         axes.plot(part["k"], part["share"], color=colour, label=label)
     axes.set(xscale="log", xlabel="number of coordinates, largest first (log scale)", ylabel="share of the variance")
     plain_log(axes.xaxis)

@@ -114,3 +114,40 @@ def test_mmcs_is_not_symmetric():
     b = torch.eye(2)
     assert metrics.mmcs(a, b) == pytest.approx(1)
     assert metrics.mmcs(b, a) == pytest.approx(0.5)
+
+
+def test_one_to_one_by_hand():
+    a = torch.tensor([[1.0, 0.0], [3.0, 4.0]])
+    b = torch.tensor([[0.8, 0.6], [0.0, 2.0]])
+    # cosines: (1, 0) with b: 0.8 and 0; (0.6, 0.8) with b: 0.96 and 0.8. Both rows prefer the first of b
+    torch.testing.assert_close(metrics.max_cosine(a, b), torch.tensor([0.8, 0.96]))
+    # 0.8 + 0.8 beats 0 + 0.96, which is what the closest pair first would give
+    torch.testing.assert_close(metrics.one_to_one(a, b), torch.tensor([0.8, 0.8]))
+
+
+def test_one_to_one_finds_a_shuffled_and_scaled_copy():
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(30, 8, generator=generator)
+    b = torch.cat([torch.randn(20, 8, generator=generator), 5 * a])[torch.randperm(50, generator=generator)]
+    torch.testing.assert_close(metrics.one_to_one(a, b), torch.ones(30))
+    assert metrics.one_to_one(b, a).shape == (30,)
+    assert metrics.one_to_one(b, a).sum() == pytest.approx(30, rel=1e-6)
+
+
+def test_a_direction_that_occurs_twice_is_matched_once():
+    a = torch.eye(2)[[0, 0]]
+    found = metrics.one_to_one(a, torch.eye(2))
+    assert sorted(found.tolist()) == [0, 1]
+    assert (found > 0.9).float().mean() == 0.5
+    assert metrics.mmcs(a, torch.eye(2)) == pytest.approx(1)
+
+
+def test_one_to_one_is_never_above_the_maximum():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(40, 6, generator=generator), torch.randn(60, 6, generator=generator)
+    assert (metrics.one_to_one(a, b) <= metrics.max_cosine(a, b) + 1e-6).all()
+
+
+def test_one_to_one_takes_weights_that_want_a_gradient():
+    made = identity()
+    assert metrics.one_to_one(made.weight, made.directions).tolist() == pytest.approx([1, 1, 1, 1])

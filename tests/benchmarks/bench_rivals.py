@@ -1,0 +1,194 @@
+"""SAELens, dictionary_learning and saelib train the same dictionary on the same batches: rate, FVU and L0 of each.
+
+``python -m tests.benchmarks.bench_rivals --alpha 1e-3``. The form is what all three know: a free encoder, a decoder of
+unit rows (SAELens: of any length, with the L1 term weighted by it) and a decoder bias. Activations are scaled to a mean
+square of 1, held in memory, and handed out in the same order, one batch at a time. The rivals run their own training loops
+(`SAETrainer.fit`, `trainSAE`) in their own environment (tests/interop), with logging off, in float32 as they default to and
+with bfloat16 autocast (which dictionary_learning has for GPUs only; here it is forced). Their L1 weight is d alpha, since
+they sum over coordinates where we average. Each starts from its own kind of random weights.
+
+Timed is from the first batch asked for to the end of the last step, after a short training of a throwaway dictionary. Ours
+holds a progress bar, a look at the loss every 25 steps, checkpoints and one evaluation on 4,096 held-out activations; theirs
+what they do by default. Each round runs all in turn; the median of the rates is printed. FVU and L0 are those of
+`saelib.metrics.evaluate` on held-out activations, the rivals' dictionaries read by `saelib.export`. The rivals take our
+learning rate, warm-up and decay unless --rival-lr and the like say otherwise.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from saelib import export, files, metrics, models, training
+from saelib.paths import run_dir
+from saelib.store import ActivationStore
+from tests.interop import environment
+
+STORE = run_dir("laptop") / "activations" / "blocks.10.hook_resid_post"
+RIVALS = {
+    "saelens": {"peer": "saelens", "autocast": False},
+    "saelens-autocast": {"peer": "saelens", "autocast": True},
+    "dictionary_learning": {"peer": "dictionary_learning", "autocast": False},
+    "dictionary_learning-autocast": {"peer": "dictionary_learning", "autocast": True},
+}
+OURS = {"saelib-float32": torch.float32, "saelib-bfloat16": torch.bfloat16}
+LOAD = {"saelens": export.load_saelens, "dictionary_learning": export.load_dictionary_learning}
+
+
+class Rows:
+    """Activations in memory with all that `training.train` asks of an `ActivationStore`, and a clock."""
+
+    def __init__(self, x: torch.Tensor):
+        self.x, (self.n, self.d) = x, x.shape
+        self.mean, self.scale = x.mean(0), x.square().mean().sqrt().item()
+        self.folder, self.hook, self.outlier_factor, self.manifest = Path("memory"), "memory", None, {}
+        self.begin = self.end = None
+
+    def n_batches(self, size: int) -> int:
+        return self.n // size
+
+    def chunks(self, size: int):
+        yield from self.x.split(size)
+
+    def batches(self, size: int, *, seed: int, start: int = 0):
+        self.begin = self.begin or time.perf_counter()
+        order = torch.randperm(self.n, generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
+        for first in range(start * size, self.n // size * size, size):
+            yield self.x[order[first : first + size].long()]
+        self.end = time.perf_counter()
+
+
+def activations(folder: Path, rows: int, held_out: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[rows, d] and [held_out, d] from the store in `folder`, both over the root mean square of the first; or synthetic."""
+    if (folder / "manifest.json").exists():
+        store = ActivationStore(folder, outlier_factor=8.0)
+        index = torch.randperm(store.n, generator=torch.Generator().manual_seed(0))[:rows]
+        x = store.rows(index).float()
+        other = next(ActivationStore(folder, "held_out", outlier_factor=8.0).chunks(held_out)).float()
+        print(f"  {len(x):,} of {store.n:,} activations of {store.hook}, {len(other):,} held out")
+    else:
+        print(f"  NO STORE in {folder}: synthetic activations, 30 of 1,152 directions each and 16 shared dimensions")
+        generator = torch.Generator().manual_seed(0)
+        directions = torch.nn.functional.normalize(torch.randn(1152, 576, generator=generator), dim=1)
+        n = rows + held_out
+        active = torch.rand(n, 1152, generator=generator) < 30 / 1152
+        codes = active * torch.empty(n, 1152).exponential_(generator=generator)
+        shared = torch.randn(n, 16, generator=generator) @ torch.randn(16, 576, generator=generator) / 24
+        x, other = (codes @ directions + shared).split([rows, held_out])
+    scale = x.square().mean().sqrt()
+    return x / scale, other / scale
+
+
+def train_ours(x: torch.Tensor, other: torch.Tensor, dtype: torch.dtype, arguments) -> tuple:
+    """A dictionary by `training.train`, and its seconds."""
+    config = training.TrainConfig(
+        kind="standard",
+        ratio=arguments.features / x.shape[1],
+        alpha=arguments.alpha,
+        lr=arguments.lr,
+        batch_size=arguments.batch,
+        passes=arguments.passes,
+        warmup_steps=arguments.warmup,
+        decay=arguments.decay,
+        seed=arguments.seed,
+    )
+    for rows in (Rows(x[: 25 * arguments.batch]), Rows(x)):  # the first is the throwaway one
+        with tempfile.TemporaryDirectory() as folder:
+            dictionary, _ = training.train(rows, Rows(other), config, Path(folder), dtype=dtype)
+    return dictionary, rows.end - rows.begin
+
+
+def train_rival(x: torch.Tensor, folder: Path, name: str, arguments) -> tuple:
+    """A dictionary by the rival's own loop in its own environment, and its seconds."""
+    path = folder / "activations.safetensors"
+    if not path.exists():
+        save_file({"x": x}, path)
+    steps = len(x) // arguments.batch * arguments.passes
+    out = folder / name
+    job = RIVALS[name] | {
+        "activations": str(path),
+        "out": str(out),
+        "threads": torch.get_num_threads(),
+        "n_features": arguments.features,
+        "l1": x.shape[1] * arguments.alpha,
+        "lr": arguments.rival_lr or arguments.lr,
+        "batch": arguments.batch,
+        "passes": arguments.passes,
+        "seed": arguments.seed,
+        "warmup": arguments.warmup if arguments.rival_warmup is None else arguments.rival_warmup,
+        "l1_warmup": arguments.rival_l1_warmup,
+        "decay": round(steps * (arguments.decay if arguments.rival_decay is None else arguments.rival_decay)),
+    }
+    files.write_json(folder / "job.json", job)
+    environment.run("train", folder / "job.json")
+    where = out if job["peer"] == "saelens" else out / "trainer_0"
+    return LOAD[job["peer"]](where), json.loads((out / "seconds.json").read_text())
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--store", type=Path, default=STORE, help="folder of harvested activations of one hook")
+    parser.add_argument("--rows", type=int, default=100_000, help="activations to train on")
+    parser.add_argument("--held-out", type=int, default=8192)
+    parser.add_argument("--features", type=int, default=1152)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--passes", type=int, default=1)
+    parser.add_argument("--alpha", type=float, default=1e-3, help="L1 weight on our scale; theirs is d times it")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--warmup", type=int, default=0, help="steps of linear warm-up")
+    parser.add_argument("--decay", type=float, default=0.0, help="share of all steps with linear decay to 0")
+    parser.add_argument(
+        "--rival-lr", type=float, help="the rivals' learning rate, warm-up and decay, where not as ours"
+    )
+    parser.add_argument("--rival-warmup", type=int)
+    parser.add_argument("--rival-decay", type=float)
+    parser.add_argument("--rival-l1-warmup", type=int, default=0, help="steps over which the rivals' L1 weight rises")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=1, help="how often each trains; the rate is the median")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", nargs="+", choices=[*OURS, *RIVALS], default=[*OURS, *RIVALS])
+    parser.add_argument("--out", type=Path, help="JSON file for the rows and the settings")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    x, other = activations(arguments.store, arguments.rows, arguments.held_out)
+    if arguments.batch > len(x) // 25:
+        parser.error(f"--batch {arguments.batch} leaves fewer than 25 steps in {len(x)} rows")
+    n = len(x) // arguments.batch * arguments.batch * arguments.passes
+    seconds, trained = {name: [] for name in arguments.only}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(arguments.rounds):
+            for name in arguments.only:
+                if name in OURS:
+                    trained[name], taken = train_ours(x, other, OURS[name], arguments)
+                else:
+                    trained[name], taken = train_rival(x, Path(folder), name, arguments)
+                seconds[name].append(taken)
+    rows = []
+    native = "native" if models.fast_dtype() == torch.bfloat16 else "emulated"
+    print(
+        f"  d {x.shape[1]}, {arguments.features} features, batch {arguments.batch}, {n // arguments.batch} steps,",
+        end=" ",
+    )
+    print(
+        f"alpha {arguments.alpha:g}, {arguments.threads} threads, bfloat16 {native}, {arguments.rounds} round(s), ratios to the first"
+    )
+    for name in arguments.only:
+        found = metrics.evaluate(trained[name], other.split(4096), other.mean(0), resamples=2)
+        row = {"name": name, "rate": n / statistics.median(seconds[name]), "seconds": seconds[name]}
+        rows.append(row | {"fvu": found.fvu, "l0": found.l0, "alive": found.alive})
+        ratio = row["rate"] / rows[0]["rate"]
+        print(f"  {name:30} {row['rate']:10,.0f} activations/s ({ratio:4.2f})", end="")
+        print(f"   FVU {found.fvu:.4f}   L0 {found.l0:6.1f}   alive {found.alive:.2f}")
+    if arguments.out:
+        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+        files.write_json(arguments.out, {"settings": settings, "rows": rows})
+    return rows
+
+
+if __name__ == "__main__":
+    main()
