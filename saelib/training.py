@@ -129,7 +129,8 @@ def train(
     A finished dictionary of the same specification is loaded, not trained. A checkpoint is written every
     `checkpoint_every` steps; a killed run goes on from it and ends with the same bytes.
 
-    `dtype` is that of the matrix products; weights and optimiser stay float32. Raises `TrainingError` with the step at
+    An L0 at zero or above a quarter of the features is announced, as a sign of an alpha on another scale. `dtype` is that of
+    the matrix products; weights and optimiser stay float32. Raises `TrainingError` with the step at
     which the loss was no longer finite; the last checkpoint before it is kept.
     """
     path = folder / f"{config.name}.safetensors"
@@ -176,6 +177,11 @@ def train(
                     _keep(checkpoint, dictionary, optimiser, spec, step, history)
     _check_weights(dictionary, step, checkpoint)
     final = metrics.evaluate(dictionary, held_out.chunks(8192), held_out.mean.to(device))
+    if config.alpha and not 0 < final.l0 <= dictionary.n_features / 4:
+        announce(
+            f"{config.name}: {final.l0:.0f} of {dictionary.n_features} features are active. Is alpha on the scale of "
+            f"the printed loss (Eq. 4), which sums over coordinates? Ours averages: divide that alpha by d = {dictionary.d}"
+        )
     about = {"spec": spec, "history": history, "metrics": asdict(final)}
     dictionaries.save(dictionary, path, **about)
     checkpoint.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Training: it learns, is done once, survives any interruption to the byte, and stops where the loss is lost."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -115,7 +116,7 @@ def test_other_settings_have_a_file_of_their_own(stores, tmp_path, changed):
     train(*stores, SHORT, tmp_path)
     before, said, config = folder_digests(tmp_path), [], TrainConfig(**vars(SHORT) | changed)
     _, about = train(*stores, config, tmp_path, announce=said.append)
-    assert config.name != SHORT.name and not said
+    assert config.name != SHORT.name and not [line for line in said if "stale" in line]
     assert before.items() <= folder_digests(tmp_path).items()
     assert about["spec"]["config"][next(iter(changed))] == next(iter(changed.values()))
 
@@ -124,7 +125,9 @@ def test_another_precision_is_announced_and_trained_anew(stores, tmp_path):
     train(*stores, SHORT, tmp_path)
     said = []
     _, about = train(*stores, SHORT, tmp_path, dtype=torch.bfloat16, announce=said.append)
-    assert said == [f"stale dictionary {SHORT.name}.safetensors: trained with other settings or activations, made anew"]
+    assert (
+        said[0] == f"stale dictionary {SHORT.name}.safetensors: trained with other settings or activations, made anew"
+    )
     assert about["spec"]["dtype"] == "bfloat16"
 
 
@@ -134,7 +137,7 @@ def test_other_activations_are_announced(stores, tmp_path, harvested):
     kept = ActivationStore(harvested / RESIDUAL, outlier_factor=1.1)
     assert kept.n < stores[0].n
     train(kept, stores[1], SHORT, tmp_path, announce=said.append)
-    assert len(said) == 1
+    assert len([line for line in said if "stale" in line]) == 1
 
 
 def test_other_held_out_activations_are_announced(stores, tmp_path, harvested):
@@ -143,7 +146,7 @@ def test_other_held_out_activations_are_announced(stores, tmp_path, harvested):
     kept = ActivationStore(harvested / RESIDUAL, "held_out", outlier_factor=1.1)
     assert kept.n < stores[1].n
     _, after = train(stores[0], kept, SHORT, tmp_path, announce=said.append)
-    assert len(said) == 1
+    assert len([line for line in said if "stale" in line]) == 1
     assert after["metrics"] != before["metrics"]
 
 
@@ -383,3 +386,27 @@ def test_a_sweep_gives_one_row_per_dictionary_and_a_second_one_trains_nothing(st
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert training.sweep(*stores, configs, tmp_path) == rows
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+# --- an alpha on another scale ---
+
+
+@pytest.mark.parametrize(("alpha", "active"), [(1e-6, "2[0-9]|3[0-9]"), (100.0, "0")])
+def test_an_alpha_on_the_wrong_scale_is_announced_with_the_factor(stores, tmp_path, alpha, active):
+    said = []
+    train(
+        *stores,
+        TrainConfig(**vars(SHORT) | {"alpha": alpha, "lr": 0.5 if alpha > 1 else 5e-3}),
+        tmp_path,
+        announce=said.append,
+    )
+    assert len(said) == 1
+    assert re.search(rf"({active}) of 64 features are active.*divide that alpha by d = 32", said[0])
+
+
+def test_an_alpha_that_fits_and_an_alpha_of_zero_are_not_announced(stores, tmp_path):
+    said = []
+    for alpha in (0.0, 0.02):
+        _, about = train(*stores, TrainConfig(**vars(SHORT) | {"alpha": alpha}), tmp_path, announce=said.append)
+    assert 0 < about["metrics"]["l0"] <= 16
+    assert said == []
