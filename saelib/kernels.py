@@ -12,7 +12,8 @@ from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic
 
-numba.config.THREADING_LAYER = "omp"  # torch's own threads, so that two pools do not fight for the cores
+# first torch's own threads (OpenMP), so that two pools do not fight for the cores
+numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 FLAGS = {"reassoc", "contract", "arcp", "nsz"}  # sums in any order; a value that is not finite still shows
 OPTIONS = {"fastmath": FLAGS, "cache": True, "error_model": "numpy"}
 

@@ -221,9 +221,9 @@ def x_spectrum(table: pd.DataFrame, axes: Axes) -> Axes:
         part, label = table[table["hook"] == hook], _hook_label(hook)
         axes.plot(part["k"], part["share"], color=colour, label=label)
     axes.set(xscale="log", xlabel="number of coordinates, largest first (log scale)", ylabel="share of the variance")
-    plain_log(axes.xaxis)
+    axes.xaxis.set_major_formatter(mpl.ticker.StrMethodFormatter("{x:g}"))
     axes.set_ylim(0, 1.02)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=6.5, ncols=2, loc="lower center", bbox_to_anchor=(0.45, 1))
     return axes
 
 

@@ -49,7 +49,7 @@ def _sparse_step(dictionary, optimiser, x: Tensor, alpha: float, dtype: torch.dt
 
     kernels.numba.set_num_threads(min(torch.get_num_threads(), kernels.numba.config.NUMBA_NUM_THREADS))
     tied, offset = dictionary.kind == "tied", getattr(dictionary, "decoder_bias", None)
-    (batch, d), n_features = x.shape, dictionary.n_features
+    (batch, d), n_features = x.shape, len(dictionary.bias)
     x = (x if offset is None else x - offset.detach()).contiguous()
     encoder = _row(dictionary.weight, optimiser)
     decoder = encoder if tied else _row(dictionary.decoder, optimiser)

@@ -94,7 +94,7 @@ def test_a_changed_parameter_reruns_what_depends_on_it_and_nothing_else(smoke, t
     before = modified(smoke)
     profile = ROOT / "notebooks/profiles/smoke.yaml"
     changed = tmp_path / "smoke.yaml"
-    changed.write_text(profile.read_text() + "  lr: 0.002\n")  # the last section is that of notebook 02
+    changed.write_text(profile.read_text() + "  lr: 0.003\n")  # the last section is that of notebook 02
     log = snakemake(smoke, f"profiles={tmp_path}")
     assert log.startswith("exit 0"), log[-4000:]
     after = modified(smoke)

@@ -9,14 +9,16 @@ they sum over coordinates where we average. Each starts from its own kind of ran
 
 Timed is from the first batch asked for to the end of the last step, after a short training of a throwaway dictionary. Ours
 holds a progress bar, a look at the loss every 25 steps, checkpoints and one evaluation on 4,096 held-out activations; theirs
-what they do by default. Each round runs all in turn; the median of the rates is printed. FVU and L0 are those of
+what they do by default. Each round runs all in turn; the median and the best of the rates are printed. FVU and L0 are those of
 `saelib.metrics.evaluate` on held-out activations, the rivals' dictionaries read by `saelib.export`. The rivals take our
 learning rate, warm-up and decay unless --rival-lr and the like say otherwise.
 """
 
 import argparse
 import json
+import os
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -155,34 +157,36 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--out", type=Path, help="JSON file for the rows and the settings")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
+    load = os.getloadavg()[0]
     x, other = activations(arguments.store, arguments.rows, arguments.held_out)
     if arguments.batch > len(x) // 25:
         parser.error(f"--batch {arguments.batch} leaves fewer than 25 steps in {len(x)} rows")
     n = len(x) // arguments.batch * arguments.batch * arguments.passes
     seconds, trained = {name: [] for name in arguments.only}, {}
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(arguments.rounds):
+        for number in range(arguments.rounds):
             for name in arguments.only:
                 if name in OURS:
                     trained[name], taken = train_ours(x, other, OURS[name], arguments)
                 else:
                     trained[name], taken = train_rival(x, Path(folder), name, arguments)
                 seconds[name].append(taken)
+                print(f"  round {number + 1}: {name} took {taken:.1f} s", file=sys.stderr)
     rows = []
     native = "native" if models.fast_dtype() == torch.bfloat16 else "emulated"
     print(
-        f"  d {x.shape[1]}, {arguments.features} features, batch {arguments.batch}, {n // arguments.batch} steps,",
-        end=" ",
+        f"  d {x.shape[1]}, {arguments.features} features, {n // arguments.batch} steps of {arguments.batch}, ", end=""
     )
+    print(f"alpha {arguments.alpha:g}, {arguments.threads} threads, bfloat16 {native}")
     print(
-        f"alpha {arguments.alpha:g}, {arguments.threads} threads, bfloat16 {native}, {arguments.rounds} round(s), ratios to the first"
+        f"  load before the start {load:.1f}: above 0.5 the rates depend on who else computes; look at the best of many rounds"
     )
+    print(f"  activations/s: median of {arguments.rounds}, its ratio to the first line, best; then held-out figures")
     for name in arguments.only:
         found = metrics.evaluate(trained[name], other.split(4096), other.mean(0), resamples=2)
-        row = {"name": name, "rate": n / statistics.median(seconds[name]), "seconds": seconds[name]}
-        rows.append(row | {"fvu": found.fvu, "l0": found.l0, "alive": found.alive})
-        ratio = row["rate"] / rows[0]["rate"]
-        print(f"  {name:30} {row['rate']:10,.0f} activations/s ({ratio:4.2f})", end="")
+        row = {"name": name, "rate": n / statistics.median(seconds[name]), "best": n / min(seconds[name])}
+        rows.append(row | {"seconds": seconds[name], "fvu": found.fvu, "l0": found.l0, "alive": found.alive})
+        print(f"  {name:30} {row['rate']:9,.0f} {row['rate'] / rows[0]['rate']:5.2f} {row['best']:9,.0f}", end="")
         print(f"   FVU {found.fvu:.4f}   L0 {found.l0:6.1f}   alive {found.alive:.2f}")
     if arguments.out:
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
