@@ -214,6 +214,6 @@ def test_a_hook_that_the_model_lacks_is_refused(llama, tokens):
 
 
 def test_rows_without_a_prediction_are_refused(llama, tokens):
-    with pytest.raises(models.ModelError, match="rows of 4 tokens hold no prediction from position 3 on"):
+    with pytest.raises(models.ModelError, match="rows of 4 tokens leave nothing to predict from 3 on"):
         losses_under(llama, tokens[:, :4], RESIDUAL, {"clean": None}, first_position=3)
     assert len(losses_under(llama, tokens[:, :5], RESIDUAL, {"clean": None}, first_position=3).rows["clean"]) == 5

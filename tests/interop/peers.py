@@ -104,15 +104,20 @@ def standard_trainer(trainer, d: int, n_features: int, **options) -> dict:
 # --- training ---
 
 
+def now() -> tuple[float, float]:
+    """Seconds on the wall's clock, and of this process on all cores."""
+    return time.perf_counter(), time.process_time()
+
+
 def batches(x: torch.Tensor, batch: int, passes: int, seed: int, clock: dict):
-    """`x` in the order in which `saelib.training.train` takes it; notes when the first batch is asked for, and the end."""
-    clock["begin"] = time.perf_counter()
+    """`x` in the order in which `saelib.training.train` takes it; notes when the first is asked for, and the end."""
+    clock["begin"] = now()
     for epoch in range(passes):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(x), generator=generator, dtype=torch.int32)
         for first in range(0, len(x) // batch * batch, batch):
             yield x[order[first : first + batch].long()]
-    clock["end"] = time.perf_counter()
+    clock["end"] = now()
 
 
 def train(job: dict) -> None:
@@ -122,11 +127,12 @@ def train(job: dict) -> None:
     how = {"saelens": train_saelens, "dictionary_learning": train_dictionary_learning}[job["peer"]]
     out = Path(job["out"])
     how(job | {"passes": 1, "warmup": 0, "l1_warmup": 0, "decay": 0}, x[: 25 * job["batch"]], out / "warm-up")
-    seconds = how(job, x, out)
+    begin, end = how(job, x, out)
+    seconds = [last - first for first, last in zip(begin, end, strict=True)]
     (out / "seconds.json").write_text(json.dumps(seconds))
 
 
-def train_saelens(job: dict, x: torch.Tensor, out: Path) -> float:
+def train_saelens(job: dict, x: torch.Tensor, out: Path) -> tuple:
     from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig
     from sae_lens.config import LoggingConfig, SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
@@ -149,12 +155,12 @@ def train_saelens(job: dict, x: torch.Tensor, out: Path) -> float:
     clock = {}
     provider = batches(x, job["batch"], job["passes"], job["seed"], clock)
     sae = SAETrainer(options, StandardTrainingSAE(config), provider).fit()
-    seconds = time.perf_counter() - clock["begin"]
+    end = now()
     sae.save_inference_model(out)
-    return seconds
+    return clock["begin"], end
 
 
-def train_dictionary_learning(job: dict, x: torch.Tensor, out: Path) -> float:
+def train_dictionary_learning(job: dict, x: torch.Tensor, out: Path) -> tuple:
     package, trainer = dictionary_learning()
     steps = len(x) // job["batch"] * job["passes"]
     options = {
@@ -175,7 +181,7 @@ def train_dictionary_learning(job: dict, x: torch.Tensor, out: Path) -> float:
     data = batches(x, job["batch"], job["passes"], job["seed"], clock)
     package.training.trainSAE(data, [config], steps=steps, save_dir=str(out), device="cpu", autocast_dtype=dtype)
     package.training.nullcontext = contextlib.nullcontext
-    return clock["end"] - clock["begin"]
+    return clock["begin"], clock["end"]
 
 
 if __name__ == "__main__":
