@@ -181,7 +181,7 @@ def x_settings(table: pd.DataFrame, axes: Axes) -> Axes:
     axes.set_yticks(range(len(changes)), [change.replace("_", " ") for change in changes])
     axes.set(xscale="log", xlabel="mean FVU relative to no change (log scale; left is better)")
     plain_log(axes.xaxis)
-    axes.xaxis.set_major_locator(mpl.ticker.FixedLocator([0.85, 1, 1.2, 1.5, 1.8]))
+    axes.xaxis.set_major_locator(mpl.ticker.FixedLocator([0.9, 1, 1.2, 1.5, 1.8]))
     axes.invert_yaxis()
     axes.legend(loc="lower right")
     return axes
