@@ -116,7 +116,7 @@ def train_rival(x: torch.Tensor, folder: Path, name: str, arguments) -> tuple:
     job = RIVALS[name] | {
         "activations": str(path),
         "out": str(out),
-        "threads": torch.get_num_threads(),
+        "threads": arguments.threads,
         "n_features": arguments.features,
         "l1": x.shape[1] * arguments.alpha,
         "lr": arguments.rival_lr or arguments.lr,
@@ -158,6 +158,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--out", type=Path, help="JSON file for the rows and the settings")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
+    os.environ["NUMBA_NUM_THREADS"] = str(arguments.threads)  # or numba's start gives torch all cores again
     load = os.getloadavg()[0]
     x, other = activations(arguments.store, arguments.rows, arguments.held_out)
     if arguments.batch > len(x) // 25:
