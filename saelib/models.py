@@ -163,12 +163,9 @@ def bare_forward(
 
         return hear
 
-    normed = "ln2_post" in adapter.component_mapping["blocks"].submodules
     for hook, (layer, site) in places.items():
-        path, what = HOOKS[site]
-        if site == "hook_mlp_out" and normed:  # Gemma 2 and its like normalise what the MLP adds to the stream
-            path = ".ln2_post"
-        adapter.get_component(model, f"blocks.{layer}{path}").register_forward_hook(at(hook, what))
+        module, what = _module_behind(adapter, model, layer, site)
+        module.register_forward_hook(at(hook, what))
 
     @torch.inference_mode()
     def forward(tokens: torch.Tensor, take: Take | None = None) -> dict[str, torch.Tensor]:
@@ -178,6 +175,14 @@ def bare_forward(
         return found
 
     return forward
+
+
+def _module_behind(adapter, model, layer: int, site: str):
+    """The module of `model` whose input or output a hook is, and which of the two."""
+    path, what = HOOKS[site]
+    if site == "hook_mlp_out" and "ln2_post" in adapter.component_mapping["blocks"].submodules:
+        path = ".ln2_post"  # Gemma 2 and its like normalise what the MLP adds to the stream
+    return adapter.get_component(model, f"blocks.{layer}{path}"), what
 
 
 def _adapter(name: str, config, raw: Path):

@@ -73,9 +73,7 @@ def losses_under(
     model = models._from_pretrained(AutoModelForCausalLM, name, models.RAW, dtype=dtype, revision=revision or "main")
     layer, site = models.parse_hook(hook, model.config.num_hidden_layers)
     adapter = models._adapter(name, model.to(device).eval().config, models.RAW)
-    path, what = models.HOOKS[site]
-    if site == "hook_mlp_out" and "ln2_post" in adapter.component_mapping["blocks"].submodules:
-        path = ".ln2_post"  # as in models.bare_forward
+    module, what = models._module_behind(adapter, model, layer, site)
     unchanged = range(layer + (site == "hook_resid_post"))
     memory = _run_once([adapter.get_component(model, f"blocks.{number}") for number in unchanged])
     rows, spared, label = {key: [] for key in edits}, dict.fromkeys(edits, 0), ""
@@ -95,7 +93,6 @@ def losses_under(
         x[chosen] = new.to(x.dtype)
         return (x.view_as(whole), *rest) if isinstance(held, tuple) else x.view_as(whole)
 
-    module = adapter.get_component(model, f"blocks.{layer}{path}")
     (module.register_forward_pre_hook if what == "input" else module.register_forward_hook)(replace)
     for part in tqdm(tokens.to(device).long().split(batch), desc=f"losses at {hook}", unit="batch", leave=False):
         memory.clear()

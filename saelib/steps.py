@@ -47,7 +47,10 @@ def _sparse_step(dictionary, optimiser, x: Tensor, alpha: float, dtype: torch.dt
     """The step by `kernels`, or None, with nothing changed, where more than `DENSE_ABOVE` of the entries are active."""
     from saelib import kernels  # numba takes a second to import, and a GPU does without
 
-    kernels.numba.set_num_threads(min(torch.get_num_threads(), kernels.numba.config.NUMBA_NUM_THREADS))
+    threads = torch.get_num_threads()
+    kernels.numba.set_num_threads(min(threads, kernels.numba.config.NUMBA_NUM_THREADS))
+    if torch.get_num_threads() != threads:  # the first call starts numba's threads and gives torch all cores
+        torch.set_num_threads(threads)
     tied, offset = dictionary.kind == "tied", getattr(dictionary, "decoder_bias", None)
     (batch, d), n_features = x.shape, len(dictionary.bias)
     x = (x if offset is None else x - offset.detach()).contiguous()

@@ -1,5 +1,9 @@
 """The step over active entries against the dense one, and the rule that chooses between them."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -108,3 +112,19 @@ def test_no_active_feature_at_all():
     found = steps.step(one, optimiser, x, ALPHA, torch.float32, LR)
     assert (found["l0"], found["sparsity"]) == (0, 0)
     assert found["error"].item() == pytest.approx(x.square().mean().item(), rel=1e-5)
+
+
+def test_a_step_leaves_the_number_of_threads_alone_in_a_new_process():
+    """numba sets it to all cores when its threads start, which happens once in a process."""
+    program = """
+import torch
+from saelib import dictionaries, steps
+torch.set_num_threads(1)
+made = dictionaries.TiedSAE(8, 4)
+made.bias.data.fill_(-1.0)
+assert steps._sparse_step(made, steps.adam(made, 1e-3), torch.randn(16, 4), 1e-3, torch.float32) is not None
+print(torch.get_num_threads())
+"""
+    environment = os.environ | {"NUMBA_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "1", done.stderr

@@ -2,8 +2,10 @@
 
 ``make search`` writes data/expected/settings_search.csv, a row per setting: layer 6, held-out FVU on the line between
 neighbouring alphas (or k) at 30, 60 and 120 active features. The rule, fixed beforehand: a setting is taken over into
-notebook 02 if it lowers the mean of the three by more than 2% of itself at no more passes (of several, the one that takes
-no more steps). Finished dictionaries are kept in data/runs/search, so the search can be stopped and goes on.
+notebook 02 if it lowers the mean of the three by more than 2% of itself at no more passes. It does not say what to do when
+several pass; notebook 02 says what was chosen then, and that this was after a look at the table.
+
+Finished dictionaries are kept in data/runs/search, so the search can be stopped and goes on.
 """
 
 import argparse
@@ -14,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from saelib import checks, models, paths, store, training
+from saelib import checks, files, models, paths, store, training
 
 L0 = (30, 60, 120)
 ALPHAS, KS = (6e-4, 1.2e-3, 2.4e-3, 4.8e-3), (30, 60, 120)
@@ -64,7 +66,8 @@ def main() -> None:
             table = pd.DataFrame(rows)
             base = "R 2, lr 1e-3, batch 256, 2 passes, scaled, not centred"
             head = f"# make search: {arguments.hook}, {train.n:,} activations; changes to {base}; {checks.environment_line()}\n"
-            arguments.out.write_text(head + table.to_csv(index=False, float_format="%.4f"))
+            with files.atomic(arguments.out) as temporary:
+                temporary.write_text(head + table.to_csv(index=False, float_format="%.4f"))
             print(rows[-1], flush=True)
 
 
