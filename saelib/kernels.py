@@ -52,6 +52,44 @@ def gather_active(pre, lowest, shift, offsets, columns, code_bits):
 
 
 @njit(parallel=True, **OPTIONS)
+def count_largest(pre, k, offsets, smallest):
+    """As `count_active` for the k largest entries of each row, as far as they are positive; ``smallest`` [batch] gets the
+    bits of the least of them, found by bisection: the bits of positive floats are ordered as the floats are.
+    """
+    for b in prange(pre.shape[0]):
+        row, low, high = pre[b], np.int64(1), np.int64(1) << (8 * pre.itemsize - 1)
+        while high - low > 1:  # at least k entries from low on, or low is 1; fewer than k from high on
+            middle = (low + high) // 2
+            bound, count = pre.dtype.type(middle), 0
+            for j in range(len(row)):
+                count += row[j] >= bound
+            if count >= k:
+                low = middle
+            else:
+                high = middle
+        bound, count = pre.dtype.type(low), 0
+        for j in range(len(row)):
+            count += row[j] >= bound
+        smallest[b], offsets[b + 1] = bound, min(count, k)
+    for b in range(pre.shape[0]):
+        offsets[b + 1] += offsets[b]
+
+
+@njit(parallel=True, **OPTIONS)
+def gather_largest(pre, smallest, shift, offsets, columns, code_bits):
+    """As `gather_active` for the entries counted by `count_largest`; of equal ones at the end the first are taken."""
+    for b in prange(pre.shape[0]):
+        n, ties = offsets[b], offsets[b + 1] - offsets[b]
+        for j in range(pre.shape[1]):
+            ties -= pre[b, j] > smallest[b]
+        for j in range(pre.shape[1]):
+            if pre[b, j] > smallest[b] or (pre[b, j] == smallest[b] and ties > 0):
+                ties -= pre[b, j] == smallest[b]
+                columns[n], code_bits[n] = j, np.int32(pre[b, j]) << shift
+                n += 1
+
+
+@njit(parallel=True, **OPTIONS)
 def residuals(x, offsets, columns, code, decoder, inverse, factor, penalty, residual, gradient, errors):
     """Per row b: error |x_hat - x|^2, residual r = factor (x_hat - x), and per active entry g = r . D_j + penalty.
 

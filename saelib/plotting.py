@@ -1,4 +1,4 @@
-"""One look for all figures, one function per figure, one way to save. Plot functions take data and axes, return axes."""
+"""One look for all figures and one way to save; figures of notebooks 01 and 02. Functions take data and axes, return axes."""
 
 from pathlib import Path
 
@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch
 
 from saelib import files
 from saelib.paths import FIGURES
@@ -55,7 +54,7 @@ def save(figure: Figure, stem: str, table: pd.DataFrame, *, profile: str, **abou
         Path(temporary).write_text(head + table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
 
 
-def _shades(values, name: str = "Blues", first: float = 0.4, last: float = 1.0) -> dict[float, tuple]:
+def shades(values, name: str = "Blues", first: float = 0.4, last: float = 1.0) -> dict[float, tuple]:
     """A colour for each of the sorted `values`, from `first` to `last` of a colour map."""
     ordered = sorted(set(values))
     return dict(zip(ordered, mpl.colormaps[name](np.linspace(first, last, len(ordered))), strict=True))
@@ -79,9 +78,9 @@ def fig6_tradeoff(table: pd.DataFrame, axes: tuple[Axes, Axes]) -> tuple[Axes, A
     """
     main = table.loc[table["kind"] != "tied", "hook"].iloc[0]
     hooks = sorted(table["hook"].unique(), key=lambda hook: int(hook.split(".")[1]))
-    shades = _shades(range(len(hooks)))
+    colours = shades(range(len(hooks)))
     lines = [
-        (axes[0], table[(table["hook"] == hook) & (table["kind"] == "tied")], shades[n], "o", _hook_label(hook))
+        (axes[0], table[(table["hook"] == hook) & (table["kind"] == "tied")], colours[n], "o", _hook_label(hook))
         for n, hook in enumerate(hooks)
     ]
     lines += [
@@ -109,11 +108,11 @@ def fig7_convergence(table: pd.DataFrame, axes: tuple[Axes, Axes]) -> tuple[Axes
 
     `table` has alpha, activations, fvu, l0.
     """
-    shades = _shades(table["alpha"], "plasma", 0.0, 0.85)
+    colours = shades(table["alpha"], "plasma", 0.0, 0.85)
     for alpha, part in table.groupby("alpha"):
         for axis, column in zip(axes, ("fvu", "l0"), strict=True):
             axis.plot(
-                part["activations"] / 1e3, part[column], color=shades[alpha], marker="o", ms=2.5, label=f"{alpha:g}"
+                part["activations"] / 1e3, part[column], color=colours[alpha], marker="o", ms=2.5, label=f"{alpha:g}"
             )
     axes[0].set(ylabel="unexplained variance, FVU")
     axes[1].set(ylabel="active features, L0 (log scale)", yscale="log")
@@ -129,10 +128,10 @@ def fig16_alive(table: pd.DataFrame, axes: list[Axes]) -> list[Axes]:
 
     `table` has hook, kind, ratio, alpha, alive.
     """
-    shades, markers = _shades(table["ratio"]), dict(zip(sorted(table["ratio"].unique()), "vosD^<>P", strict=False))
+    colours, markers = shades(table["ratio"]), dict(zip(sorted(table["ratio"].unique()), "vosD^<>P", strict=False))
     for axis, ((hook, kind), part) in zip(axes, table.groupby(["hook", "kind"], sort=False), strict=True):
         for ratio, line in part.sort_values("alpha").groupby("ratio"):
-            axis.plot(line["alpha"], line["alive"], color=shades[ratio], marker=markers[ratio], label=f"R = {ratio:g}")
+            axis.plot(line["alpha"], line["alive"], color=colours[ratio], marker=markers[ratio], label=f"R = {ratio:g}")
         axis.set_xscale("symlog", linthresh=1e-4)
         axis.set_xticks([0, 1e-4, 1e-3, 1e-2], ["0", "1e-4", "1e-3", "1e-2"])
         axis.set(xlim=(-3e-5, 1.2e-2), ylim=(0, 1.05), xlabel=f"α (log scale from 1e-4)\n{_hook_label(hook)}, {kind}")
@@ -157,8 +156,8 @@ def x_same_features(table: pd.DataFrame, axes: Axes) -> Axes:
     """Share of features whose largest cosine with a feature of another dictionary is at least x (columns other, cosine)."""
     seeds = [name for name in table["other"].unique() if name.startswith("seed")]
     sizes = [name for name in table["other"].unique() if name.startswith("R =")]
-    colours = dict(zip(seeds, _shades(range(len(seeds)), "Blues", 0.7).values(), strict=True))
-    colours |= dict(zip(sizes, _shades(range(len(sizes)), "Purples", 0.4, 0.8).values(), strict=True))
+    colours = dict(zip(seeds, shades(range(len(seeds)), "Blues", 0.7).values(), strict=True))
+    colours |= dict(zip(sizes, shades(range(len(sizes)), "Purples", 0.4, 0.8).values(), strict=True))
     colours |= {"TopK": COLOURS["topk"], "PCA": COLOURS["pca"], "random": COLOURS["random"]}
     for other, part in table.groupby("other", sort=False):
         ordered = np.sort(part["cosine"])[::-1]
@@ -217,52 +216,13 @@ def x_norms(table: pd.DataFrame, axes: Axes) -> Axes:
 def x_spectrum(table: pd.DataFrame, axes: Axes) -> Axes:
     """Share of variance held by the k largest coordinates of the default basis, per hook. Columns hook, k, share."""
     hooks = table["hook"].drop_duplicates()
-    for hook, colour in zip(hooks, _shades(range(len(hooks))).values(), strict=True):
+    for hook, colour in zip(hooks, shades(range(len(hooks))).values(), strict=True):
         part, label = table[table["hook"] == hook], _hook_label(hook)
         axes.plot(part["k"], part["share"], color=colour, label=label)
     axes.set(xscale="log", xlabel="number of coordinates, largest first (log scale)", ylabel="share of the variance")
     axes.xaxis.set_major_formatter(mpl.ticker.StrMethodFormatter("{x:g}"))
     axes.set_ylim(0, 1.02)
     axes.legend(fontsize=6.5, ncols=2, loc="lower center", bbox_to_anchor=(0.45, 1))
-    return axes
-
-
-def x_toy_recovery(table: pd.DataFrame, axes: Axes) -> Axes:
-    """Toy data: histogram over true features of the largest cosine with a direction of each method (method, cosine)."""
-    bins = np.linspace(0, 1, 41)
-    for method, part in table.groupby("method", sort=False):
-        label = f"{LABELS[method]}, mean {part['cosine'].mean():.2f}"
-        axes.hist(part["cosine"], bins=bins, color=COLOURS[method], alpha=0.6, label=label)
-    axes.set(xlabel="largest cosine of a true feature with a learned direction", ylabel="number of true features")
-    axes.legend()
-    return axes
-
-
-def x_toy_training(table: pd.DataFrame, axes: Axes) -> Axes:
-    """Toy data: MMCS of the true features while the autoencoder trains. Columns step, mmcs, and the level of PCA."""
-    axes.plot(table["step"], table["mmcs"], color=COLOURS["tied"], label=LABELS["tied"])
-    axes.axhline(table["pca"].iloc[0], color=COLOURS["pca"], ls="--", label=LABELS["pca"])
-    axes.set(xlabel="training step", ylabel="MMCS with the true features")
-    axes.set_ylim(0, 1.02)
-    axes.legend()
-    return axes
-
-
-def x_pipeline(steps: pd.DataFrame, axes: Axes) -> Axes:
-    """The pipeline as boxes from left to right. Columns: title, text, notebook."""
-    for place, row in enumerate(steps.itertuples()):
-        learned = row.title == "dictionary"
-        face = "#dbe8f6" if learned else "#f4f4f4"
-        axes.add_patch(
-            FancyBboxPatch((place * 1.25, 0), 1, 1, boxstyle="round,pad=0.02", fc=face, ec="#555555", lw=0.8)
-        )
-        axes.text(place * 1.25 + 0.5, 0.8, row.title, ha="center", va="center", weight="bold")
-        axes.text(place * 1.25 + 0.5, 0.45, row.text, ha="center", va="center", fontsize=7)
-        axes.text(place * 1.25 + 0.5, -0.15, row.notebook, ha="center", va="center", fontsize=7, color="#555555")
-        if place:
-            axes.annotate("", (place * 1.25 - 0.04, 0.5), (place * 1.25 - 0.21, 0.5), arrowprops={"arrowstyle": "->"})
-    axes.set(xlim=(-0.1, len(steps) * 1.25 - 0.15), ylim=(-0.3, 1.1))
-    axes.axis("off")
     return axes
 
 

@@ -7,7 +7,9 @@ from torch import Tensor
 from saelib.dictionaries import Dictionary
 from saelib.losses import hand_gradient
 
-DENSE_ABOVE = 0.3  # share of active entries from which five dense products are the faster way
+DENSE_ABOVE = 0.18  # share of active entries from which five dense products are the faster way
+# of each dtype of the products: the integers that hold its bits, the bits of -infinity, their distance from a float32's
+LAYOUT = {torch.bfloat16: (torch.int16, -0x80, 16), torch.float32: (torch.int32, -0x800000, 0)}
 
 
 def adam(dictionary: Dictionary, lr: float) -> torch.optim.Adam:
@@ -29,7 +31,7 @@ def step(
     the share of active entries alone, so a resumed run takes the same.
     """
     optimiser.param_groups[0]["lr"] = lr
-    if x.device.type == "cpu" and x.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float32):
+    if x.device.type == "cpu" and x.dtype == torch.float32 and dtype in LAYOUT:
         found = _sparse_step(dictionary, optimiser, x, alpha, dtype)
         if found is not None:
             return found
@@ -61,16 +63,19 @@ def _sparse_step(dictionary, optimiser, x: Tensor, alpha: float, dtype: torch.dt
     kernels.prepare(decoder[0], encoder[0], tied, inverse, (low.view(torch.int16) if half else low).numpy())
     pre = torch.addmm(dictionary.bias.detach().to(dtype), x.to(dtype), low.T)
 
-    offsets = np.zeros(batch + 1, np.int64)
+    offsets, (bits, lowest, shift) = np.zeros(batch + 1, np.int64), LAYOUT[dtype]
+    bits = pre.view(bits).numpy()
     if dictionary.kind == "topk":
-        columns, code = _largest(pre, int(dictionary.k), offsets)
+        smallest = np.empty(batch, bits.dtype)
+        kernels.count_largest(bits, int(dictionary.k), offsets, smallest)
     else:
-        bits, lowest, shift = (torch.int16, -0x80, 16) if half else (torch.int32, -0x800000, 0)
-        bits = pre.view(bits).numpy()
         kernels.count_active(bits, lowest, offsets)
         if offsets[-1] > DENSE_ABOVE * bits.size:
             return None
-        columns, code = np.empty(offsets[-1], np.int32), np.empty(offsets[-1], np.float32)
+    columns, code = np.empty(offsets[-1], np.int32), np.empty(offsets[-1], np.float32)
+    if dictionary.kind == "topk":
+        kernels.gather_largest(bits, smallest, shift, offsets, columns, code.view(np.int32))
+    else:
         kernels.gather_active(bits, lowest, shift, offsets, columns, code.view(np.int32))
 
     x, residual, gradient, errors = (
@@ -105,11 +110,3 @@ def _row(parameter: Tensor, optimiser) -> tuple[np.ndarray, np.ndarray, np.ndarr
     """Weights, first and second moment of a parameter, as arrays on the same memory."""
     state = optimiser.state[parameter]
     return tuple(value.detach().numpy() for value in (parameter, state["exp_avg"], state["exp_avg_sq"]))
-
-
-def _largest(pre: Tensor, k: int, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Feature numbers and values of the k largest entries of each row of `pre`, as far as they are positive."""
-    values, places = pre.topk(min(k, pre.shape[1]), dim=1)
-    positive = values > 0
-    offsets[1:] = positive.sum(1).cumsum(0).numpy()
-    return places[positive].to(torch.int32).numpy(), values[positive].float().numpy()

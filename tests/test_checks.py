@@ -14,6 +14,7 @@ BOUNDS = """
   enough features: {at_least: 10}
   near the paper: {near: 2.0, rel: 0.1}
   in the band: {between: [0.1, 0.2]}
+  order of methods: {at_least: 0.8, missed: 0.7 in every seed}
 """
 
 
@@ -56,6 +57,13 @@ def test_failures_are_raised_together_at_the_end_with_their_values(claims, capsy
     assert str(caught.value) == (
         "error falls: measured 0.54321, wanted at most 0.25; in the band: measured nan, wanted between [0.1, 0.2]"
     )
+
+
+def test_a_recorded_miss_is_printed_as_one_and_does_not_raise(claims, capsys):
+    for value in (0.9, 0.1):
+        claims.expect("order of methods", value)
+    claims.done()
+    assert capsys.readouterr().out == 2 * "known miss  order of methods: at least 0.8\n"
 
 
 def test_a_claim_without_a_bound_is_refused_with_the_known(claims):

@@ -133,14 +133,17 @@ def train(job: dict) -> None:
 
 
 def train_saelens(job: dict, x: torch.Tensor, out: Path) -> tuple:
-    from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig
+    from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.config import LoggingConfig, SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
     torch.manual_seed(job["seed"])
-    config = StandardTrainingSAEConfig(
-        d_in=x.shape[1], d_sae=job["n_features"], l1_coefficient=job["l1"], l1_warm_up_steps=job["l1_warmup"]
-    )
+    shape = {"d_in": x.shape[1], "d_sae": job["n_features"]}
+    if job["k"]:
+        sae = TopKTrainingSAE(TopKTrainingSAEConfig(**shape, k=job["k"]))
+    else:
+        penalty = {"l1_coefficient": job["l1"], "l1_warm_up_steps": job["l1_warmup"]}
+        sae = StandardTrainingSAE(StandardTrainingSAEConfig(**shape, **penalty))
     n_samples = len(x) // job["batch"] * job["batch"] * job["passes"]
     options = SAETrainerConfig(
         total_training_samples=n_samples,
@@ -154,7 +157,7 @@ def train_saelens(job: dict, x: torch.Tensor, out: Path) -> tuple:
     )
     clock = {}
     provider = batches(x, job["batch"], job["passes"], job["seed"], clock)
-    sae = SAETrainer(options, StandardTrainingSAE(config), provider).fit()
+    sae = SAETrainer(options, sae, provider).fit()
     end = now()
     sae.save_inference_model(out)
     return clock["begin"], end
@@ -163,24 +166,28 @@ def train_saelens(job: dict, x: torch.Tensor, out: Path) -> tuple:
 def train_dictionary_learning(job: dict, x: torch.Tensor, out: Path) -> tuple:
     package, trainer = dictionary_learning()
     steps = len(x) // job["batch"] * job["passes"]
-    options = {
-        "steps": steps,
-        "lr": job["lr"],
-        "l1_penalty": job["l1"],
-        "seed": job["seed"],
-        "warmup_steps": job["warmup"],
-    }
-    options |= {
-        "sparsity_warmup_steps": job["l1_warmup"] or None,
-        "decay_start": steps - job["decay"] if job["decay"] else None,
-    }
-    config, clock, dtype = standard_trainer(trainer, x.shape[1], job["n_features"], **options), {}, torch.float32
+    options = {"steps": steps, "lr": job["lr"], "seed": job["seed"], "warmup_steps": job["warmup"]}
+    options |= {"decay_start": steps - job["decay"] if job["decay"] else None}
+    if job["k"]:
+        from dictionary_learning.trainers.top_k import TopKTrainer
+
+        options |= {"trainer": TopKTrainer, "k": job["k"], "activation_dim": x.shape[1], "dict_size": job["n_features"]}
+        config = options | {"layer": 0, "lm_name": "none", "device": "cpu"}
+    else:
+        options |= {"l1_penalty": job["l1"], "sparsity_warmup_steps": job["l1_warmup"] or None}
+        config = standard_trainer(trainer, x.shape[1], job["n_features"], **options)
+    clock, dtype = {}, torch.float32
     if job["autocast"]:  # trainSAE has it, but puts a null context in its place on a CPU
         dtype = torch.bfloat16
         package.training.nullcontext = lambda: torch.autocast("cpu", torch.bfloat16)
     data = batches(x, job["batch"], job["passes"], job["seed"], clock)
     package.training.trainSAE(data, [config], steps=steps, save_dir=str(out), device="cpu", autocast_dtype=dtype)
     package.training.nullcontext = contextlib.nullcontext
+    if job["k"]:  # its loader for this form wants the pickle; we read tensors only
+        tensors = torch.load(out / "trainer_0" / "ae.pt", weights_only=True)
+        save_file(
+            {name: value.contiguous() for name, value in tensors.items()}, out / "trainer_0" / "tensors.safetensors"
+        )
     return clock["begin"], clock["end"]
 
 
