@@ -18,7 +18,7 @@ class ActivationStore:
     """One split of the activations of one hook, memory-mapped.
 
     Rows whose norm exceeds ``outlier_factor`` times the median norm are left out (the bundled model has a few attention
-    sinks a hundred times longer than the rest); how many is in ``n_left_out``. ``outlier_factor=None`` keeps all.
+    sinks a hundred times longer than the rest); how many is in ``n_left_out``. ``outlier_factor=None`` keeps all. ``n_rows`` takes the first of the kept rows only.
 
     Attributes: ``n`` kept rows, ``d`` width, ``hook``, ``mean`` [d] float32, ``scale`` float: the root mean square per
     coordinate around zero, sqrt(mean(x^2)), in the model's units.
@@ -27,7 +27,15 @@ class ActivationStore:
     or altered.
     """
 
-    def __init__(self, folder: Path, split: str = "train", *, outlier_factor: float | None = 10.0, verify: bool = True):
+    def __init__(
+        self,
+        folder: Path,
+        split: str = "train",
+        *,
+        outlier_factor: float | None = 10.0,
+        n_rows: int | None = None,
+        verify: bool = True,
+    ):
         self.manifest = files.read_json(require(folder / "manifest.json", "01_collect_activations"))
         if not self.manifest["complete"]:
             raise HarvestError(
@@ -50,6 +58,11 @@ class ActivationStore:
         # positions of the kept rows; None where all are kept, so that a large store needs no index
         self.kept = (norms <= limit).nonzero()[:, 0] if self.n_left_out else None
         self.n = len(norms) - self.n_left_out
+        if n_rows is not None and n_rows > self.n:
+            raise HarvestError(
+                f"{folder} has {self.n:,} activations of the split '{split}', fewer than the {n_rows:,} asked for"
+            )
+        self.n = n_rows or self.n
         self.mean, self.scale = self._statistics()
 
     def __len__(self) -> int:
@@ -61,7 +74,7 @@ class ActivationStore:
             return file.get_tensor(name)
 
     def _statistics(self) -> tuple[torch.Tensor, float]:
-        cached = self.folder / f"statistics-{self.split}-{self.outlier_factor}.json"
+        cached = self.folder / f"statistics-{self.split}-{self.outlier_factor}-{self.n}.json"
         shards = {path.name: self.manifest["shards"][path.name]["sha256"] for path in self.shards}
         if cached.exists() and (stored := files.read_json(cached))["shards"] == shards:
             return torch.tensor(stored["mean"], dtype=torch.float32), stored["scale"]

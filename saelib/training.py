@@ -102,6 +102,7 @@ def specification(
         "dtype": str(dtype).removeprefix("torch."),
         "evaluations_per_pass": evaluations_per_pass,
         "activations": files.key(store.manifest),
+        "n_rows": store.n,
         "held_out": files.key(held_out.manifest),
         "outlier_factors": [store.outlier_factor, held_out.outlier_factor],
         "evaluation_rows": EVALUATION_ROWS,

@@ -44,6 +44,17 @@ def firsts(batches) -> list[float]:
     return [value for batch in batches for value in batch[:, 0].tolist()]
 
 
+def test_only_the_first_rows_are_taken_where_a_number_is_asked_for(numbers):
+    part = store.ActivationStore(numbers.folder, n_rows=60)
+    assert part.n == 60 and part.n_batches(20) == 3
+    first = concatenated(numbers.folder)[:60].float()
+    assert sorted(firsts(part.batches(20, seed=0))) == sorted(first[:, 0].tolist())
+    torch.testing.assert_close(part.mean, first.mean(0))
+    assert store.ActivationStore(numbers.folder).n == 200
+    with pytest.raises(activations.HarvestError, match="has 200 train activations, fewer than the 201 asked for"):
+        store.ActivationStore(numbers.folder, n_rows=201)
+
+
 def test_a_pass_gives_every_row_once_when_the_size_divides(numbers):
     batches = list(numbers.batches(20, seed=0))
     assert [batch.shape for batch in batches] == [(20, 3)] * 10 and numbers.n_batches(20) == 10
