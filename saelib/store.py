@@ -18,7 +18,8 @@ class ActivationStore:
     """One split of the activations of one hook, memory-mapped.
 
     Rows whose norm exceeds ``outlier_factor`` times the median norm are left out (the bundled model has a few attention
-    sinks a hundred times longer than the rest); how many is in ``n_left_out``. ``outlier_factor=None`` keeps all. ``n_rows`` takes the first of the kept rows only.
+    sinks a hundred times longer than the rest); how many is in ``n_left_out``. ``outlier_factor=None`` keeps all.
+    ``n_rows`` takes the first of the kept rows only.
 
     Attributes: ``n`` kept rows, ``d`` width, ``hook``, ``mean`` [d] float32, ``scale`` float: the root mean square per
     coordinate around zero, sqrt(mean(x^2)), in the model's units.

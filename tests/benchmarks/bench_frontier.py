@@ -19,7 +19,7 @@ import torch
 from saelib import files, metrics
 from tests.benchmarks.contest import OURS, RIVALS, STORE, activations, train_ours, train_rival
 
-LRS = (5e-4, 1e-3, 2e-3, 4e-3)
+LRS = (5e-4, 1e-3, 2e-3)
 PENALTIES = {"standard": (1e-3, 2e-3, 4e-3, 8e-3), "topk": (30, 60, 120)}
 NAMES = ("saelib-bfloat16", "saelib-float32", "saelens-autocast", "dictionary_learning")
 TARGETS, BUDGETS = (30, 60, 120), (0.125, 0.25, 0.5, 1, 2, 4)
@@ -81,7 +81,7 @@ def first_there(train, form: str, lr: float, frontier: list[dict]) -> dict | Non
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--store", type=Path, default=STORE, help="folder of harvested activations of one hook")
-    parser.add_argument("--rows", type=int, default=255_000)
+    parser.add_argument("--rows", type=int, default=128_000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--names", nargs="+", default=NAMES, choices=[*OURS, *RIVALS])
     parser.add_argument("--out", type=Path, help="JSON file for every training")
