@@ -1,4 +1,7 @@
-"""All benchmarks, one after the other: ``make bench``. Each prints both sides of a ratio measured in one run."""
+"""All benchmarks but the contest with other tools (bench_rivals, bench_frontier: half an hour and 1.9 GB): ``make bench``.
+
+Each prints both sides of a ratio measured in one run.
+"""
 
 import subprocess
 import sys

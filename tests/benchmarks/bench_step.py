@@ -3,6 +3,8 @@
 The share of active entries is set by the bias and printed as it was at the end; a trained dictionary of ratio 2 has 2 to 10%.
 """
 
+import statistics
+
 import torch
 
 from saelib import dictionaries, losses, models, steps
@@ -56,6 +58,19 @@ def main():
         seconds = interleaved(functions, rounds)
         print(f"  d {D}, {n_features} features, batch {batch}, {dtype}, {float(found['l0']) / n_features:.1%} active")
         report(seconds, LIMIT, batch, "activations")
+    growth(dtype)
+
+
+def growth(dtype: torch.dtype, batch: int = 2048):
+    """Cost of R = 16 over R = 2 at the L0 that one alpha gives (1e-3 at layer 10: 93 at R = 2, 113 at R = 8)."""
+    functions = {}
+    for ratio, l0 in ((2, 93), (16, 125)):
+        made, _ = step_functions(batch, ratio * D, l0 / (ratio * D), dtype)
+        functions |= {(ratio, name): made[name] for name in (LIMIT, "saelib, active entries")}
+    seconds = interleaved(functions, rounds=8)
+    for name in (LIMIT, "saelib, active entries"):
+        ratios = [large / small for large, small in zip(seconds[16, name], seconds[2, name], strict=True)]
+        print(f"  {name:42} R = 16 costs {statistics.median(ratios):.1f} times R = 2 per activation, batch {batch}")
 
 
 if __name__ == "__main__":
