@@ -12,7 +12,7 @@ from saelib import dictionaries, steps
 LR, ALPHA = 1e-2, 2e-3
 
 
-def pair(kind: str, bias: float = -0.6, n_features: int = 96, d: int = 40):
+def pair(kind: str, bias: float = -0.8, n_features: int = 96, d: int = 40):
     """The same random dictionary twice, with optimisers, and a batch of which about a tenth of the codes is active."""
     made = []
     for _ in range(2):
@@ -91,7 +91,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads(threads):
 def test_a_dense_code_is_left_to_the_dense_step_and_a_sparse_one_is_not(monkeypatch):
     calls = []
     monkeypatch.setattr(steps, "hand_gradient", lambda *a, f=steps.hand_gradient: calls.append(1) or f(*a))
-    for bias, expected in ((5.0, 1), (-0.6, 0)):
+    for bias, expected in ((5.0, 1), (-0.8, 0)):
         calls.clear()
         (one, optimiser), _, x = pair("tied", bias)
         before = one.weight.detach().clone()
@@ -121,7 +121,7 @@ import torch
 from saelib import dictionaries, steps
 torch.set_num_threads(1)
 made = dictionaries.TiedSAE(8, 4)
-made.bias.data.fill_(-1.0)
+made.bias.data.fill_(-2.0)
 assert steps._sparse_step(made, steps.adam(made, 1e-3), torch.randn(16, 4), 1e-3, torch.float32) is not None
 print(torch.get_num_threads())
 """

@@ -51,7 +51,9 @@ def test_only_the_first_rows_are_taken_where_a_number_is_asked_for(numbers):
     assert sorted(firsts(part.batches(20, seed=0))) == sorted(first[:, 0].tolist())
     torch.testing.assert_close(part.mean, first.mean(0))
     assert store.ActivationStore(numbers.folder).n == 200
-    with pytest.raises(activations.HarvestError, match="has 200 train activations, fewer than the 201 asked for"):
+    with pytest.raises(
+        activations.HarvestError, match="has 200 activations of the split 'train', fewer than the 201 asked for"
+    ):
         store.ActivationStore(numbers.folder, n_rows=201)
 
 
