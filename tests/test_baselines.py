@@ -67,7 +67,9 @@ def test_ica_is_what_one_call_of_scikit_learn_gives(mixture):
     from sklearn.decomposition import FastICA
 
     reference = FastICA(whiten="unit-variance", random_state=0, tol=1e-7, max_iter=500).fit(mixture[0].double().numpy())
-    cosine = metrics.cosines(baselines.ica(mixture[0], tolerance=1e-7)[0].directions, torch.from_numpy(reference.mixing_.T))
+    cosine = metrics.cosines(
+        baselines.ica(mixture[0], tolerance=1e-7)[0].directions, torch.from_numpy(reference.mixing_.T)
+    )
     assert cosine.abs().max(dim=1).values.min() > 0.9999
 
 

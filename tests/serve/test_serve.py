@@ -93,9 +93,10 @@ def test_explanation_and_simulation_through_the_real_client(server, tmp_path, mo
     print(f"{phrases}\n{len(rows)} scored, {malformed} malformed, {judged} of 2 judged, {model.spent} tokens")
     assert "a-key-that-must-not-be-kept" not in "".join(path.read_text() for path in tmp_path.glob("*.json"))
     again = chat(("http://127.0.0.1:1/v1", server[1]), tmp_path)
-    assert autointerp.score_all(
-        records, prompts.PhraseExplainer(again, show), prompts.ChatSimulator(again, show)
-    ) == (rows, malformed)
+    assert autointerp.score_all(records, prompts.PhraseExplainer(again, show), prompts.ChatSimulator(again, show)) == (
+        rows,
+        malformed,
+    )
     assert again.requests == 0
     if os.environ.get("RECORD"):
         target = ROOT / "data" / "fixtures" / "chat"
