@@ -10,13 +10,15 @@ STYLE = {
     "tied": (LABELS["tied"], COLOURS["tied"], MARKERS["tied"]),
     "untied": (LABELS["untied"], COLOURS["untied"], MARKERS["untied"]),
     "topk": (LABELS["topk"], COLOURS["topk"], MARKERS["topk"]),
-    "ica": ("ICA, sign as it came", "#f2b872", "<"),
-    "ica_oriented": ("ICA, sign fixed", "#c0561f", ">"),
-    "pca": ("PCA, signed", COLOURS["pca"], MARKERS["pca"]),
+    "ica_code": ("ICA, signs as they came", "#c9b36b", "<"),
+    "ica": ("ICA, signs fixed", "#8a6d1f", "P"),
+    "pca_code": ("PCA, signed", COLOURS["pca"], MARKERS["pca"]),
     "random": ("random directions, ReLU", COLOURS["random"], MARKERS["random"]),
-    "identity": ("default basis, ReLU", "#3d3d3d", "P"),
-    "ica_top_k": ("ICA, top K", "#7d3410", "h"),
-    "pca_top_k": ("PCA, top K", "#9c6a1c", "d"),
+    "default": ("default basis, ReLU", "#333333", "d"),
+    "ica_topk": ("ICA, top K", "#5c4712", "h"),
+    "ica_topk_code": ("ICA, top K, the paper's code", "#b39b52", "8"),
+    "pca_topk": ("PCA, top K", "#a85a10", ">"),
+    "pca_topk_code": ("PCA, top K, the paper's code", "#eeb06f", "<"),
 }
 
 
@@ -104,13 +106,13 @@ def x_one_feature(table: pd.DataFrame, axes: Axes) -> Axes:
 
 
 def x_random_weights(table: pd.DataFrame, axes: Axes) -> Axes:
-    """The test on trained and on random weights. Columns weights, method, both, both_low, both_high."""
-    for place, weights in enumerate(("trained", "random")):
+    """The test on trained and on shuffled weights. Columns weights, method, both, both_low, both_high."""
+    looks = {"trained": (COLOURS["tied"], "o"), "blocks shuffled": ("#777777", "s"), "all shuffled": ("#bbbbbb", "D")}
+    for place, (weights, (colour, marker)) in enumerate(looks.items()):
         rows = table[table["weights"] == weights]
-        x = np.arange(len(rows)) + 0.24 * (place - 0.5)
+        x = np.arange(len(rows)) + 0.2 * (place - 1)
         error = [rows["both"] - rows["both_low"], rows["both_high"] - rows["both"]]
-        colour, marker = (COLOURS["tied"], "o") if weights == "trained" else (COLOURS["random"], "s")
-        axes.errorbar(x, rows["both"], yerr=error, fmt=marker, color=colour, label=f"{weights} weights", capsize=2)
+        axes.errorbar(x, rows["both"], yerr=error, fmt=marker, color=colour, label=weights, capsize=2)
     names = table["method"].drop_duplicates()
     axes.set_xticks(range(len(names)), [STYLE[name][0].replace(", ", "\n").replace(" (", "\n(") for name in names])
     axes.grid(axis="x", visible=False)
