@@ -120,9 +120,9 @@ def moments(dictionary: Dictionary, chunks: Iterable[Tensor]) -> Moments:
     """`Moments` of the codes of `dictionary` over `chunks` of activations [n, d], in one pass."""
     sums, n = torch.zeros(4, dictionary.n_features, dtype=torch.float64), 0
     for x in chunks:
-        power = code = dictionary.encode(x.to(dictionary.mean)).double()
+        power = code = dictionary.encode(x.to(dictionary.mean))
         for row in sums:
-            row += power.sum(0).cpu()
+            row += power.sum(0, dtype=torch.float64).cpu()
             power = power * code
         n += len(x)
     m, m2, m3, m4 = sums / n
