@@ -6,7 +6,6 @@ Plain functions make a `Linear` dictionary, smaller ones give it another form: `
 
 import copy
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,9 +120,9 @@ def moments(dictionary: Dictionary, chunks: Iterable[Tensor]) -> Moments:
     """`Moments` of the codes of `dictionary` over `chunks` of activations [n, d], in one pass."""
     sums, n = torch.zeros(4, dictionary.n_features, dtype=torch.float64), 0
     for x in chunks:
-        power = code = dictionary.encode(x.to(dictionary.mean)).double()
+        power = code = dictionary.encode(x.to(dictionary.mean))
         for row in sums:
-            row += power.sum(0).cpu()
+            row += power.sum(0, dtype=torch.float64).cpu()
             power = power * code
         n += len(x)
     m, m2, m3, m4 = sums / n
@@ -150,43 +149,45 @@ def oriented(dictionary: Linear, x: Tensor) -> Linear:
 def ica(
     x: Tensor, n_components: int | None = None, *, iterations: int = 100, tolerance: float = 1e-4, seed: int = 0
 ) -> tuple[Linear, list[float]]:
-    """Independent components of `x` [n, d] by scikit-learn's parallel FastICA (log cosh), and the change per iteration.
+    """Independent components of `x` [n, d] by parallel FastICA (log cosh), and the change at each iteration.
 
-        s = W D (x - mean),  D the whitening map of `pca`, W orthogonal;  directions: the rows of (W D)^-1, made unit rows
+        s = W z,  z = D (x - mean) whitened;   W <- polar factor of  E[tanh(s) z^T] - diag(E[1 - tanh(s)^2]) W
 
-    and codes are s times the lengths of those rows, so that all d components reconstruct x exactly. The change is
-    scikit-learn's, 1 - the smallest |cosine| of a row of W with itself one iteration before; the fit ends when it is below
-    `tolerance` or after `iterations`. In float32, whitened once; the paper's code standardises each coordinate first, which
-    whitening undoes but for the start. Signs are as they came; see `oriented`.
+    Directions are the rows of the mixing map (W D)^-1, made unit rows, and a code is s times the length of its row, so that
+    all d components reconstruct x exactly. The change is scikit-learn's: 1 - the smallest |cosine| of a row of W with itself
+    one iteration before; the fit ends when it is below `tolerance` or after `iterations`. Signs are as they came: `oriented`.
+
+    The iteration is scikit-learn's FastICA, which the paper's code uses (tests/test_baselines.py compares the two): products
+    in float32, the polar factor in float64, where scikit-learn in float32 breaks down on 576 components. The code's
+    StandardScaler is left out, since whitening undoes it but for the start.
     """
-    from sklearn.decomposition import FastICA  # a second to import
-    from sklearn.exceptions import ConvergenceWarning
-
     mean, variance, rows = _eigen(x, n_components)
     if variance[-1] < VARIANCE_FLOOR * variance[0]:
         usable = int((variance >= VARIANCE_FLOOR * variance[0]).sum())
         raise BaselineError(f"only {usable} of {len(rows)} components have variance: ask for {usable} or fewer")
     whiten, mixing = rows / variance.sqrt()[:, None], rows * variance.sqrt()[:, None]
-    white = torch.cat([(part.float() - mean.float()) @ whiten.float().T for part in x.split(16_384)]).numpy()
-    w = torch.linalg.qr(torch.randn(len(rows), len(rows), generator=torch.Generator().manual_seed(seed)))[0].numpy()
+    white = [(part.float() - mean.float()) @ whiten.float().T for part in x.split(8192)]
+    w = _polar(torch.randn(len(rows), len(rows), generator=torch.Generator().manual_seed(seed)).double())
     changes: list[float] = []
-    with tqdm(total=iterations, desc="ICA", unit="iteration", leave=False) as bar, warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # we ask for one iteration at a time and judge by `changes`
+    with tqdm(total=iterations, desc="ICA", unit="iteration", leave=False) as bar:
         while len(changes) < iterations and (not changes or changes[-1] >= tolerance):
-            step = FastICA(whiten=False, fun=_log_cosh, max_iter=1, w_init=w).fit(white)
-            changes.append(float(abs(abs((step.components_ * w).sum(1)) - 1).max()))
-            w = step.components_
+            product, slope = torch.zeros(w.shape), torch.zeros(len(w))
+            for z in white:
+                code = (z @ w.float().T).tanh_()
+                product += code.T @ z / len(x)
+                slope += (1 - code.square_()).sum(0) / len(x)
+            before, w = w, _polar(product.double() - slope[:, None] * w)
+            changes.append(1 - (w * before).sum(1).abs().min().item())
             bar.set_postfix_str(f"change {changes[-1]:.1e}", refresh=False)
             bar.update()
-    unmixing = torch.from_numpy(w).double()
-    directions = unmixing @ mixing
-    return linear(directions.norm(dim=1, keepdim=True) * (unmixing @ whiten), directions, mean), changes
+    directions = w @ mixing
+    return linear(directions.norm(dim=1, keepdim=True) * (w @ whiten), directions, mean), changes
 
 
-def _log_cosh(x):
-    """tanh(x) in place and the mean over samples of its derivative, as FastICA wants it; on all cores."""
-    code = torch.from_numpy(x).tanh_()
-    return x, (1 - torch.linalg.vector_norm(code, dim=1).square() / code.shape[1]).numpy()
+def _polar(matrix: Tensor) -> Tensor:
+    """The orthogonal matrix nearest to a square `matrix`, (M M^T)^-1/2 M: symmetric decorrelation."""
+    values, vectors = torch.linalg.eigh(matrix @ matrix.T)
+    return vectors / values.clamp(min=torch.finfo(matrix.dtype).tiny).sqrt() @ vectors.T @ matrix
 
 
 def ica_top_k_of_the_code(dictionary: Linear, x: Tensor, k: int) -> Linear:

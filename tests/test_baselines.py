@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from conftest import MLP, RESIDUAL
 
 from saelib import baselines, dictionaries, metrics
 from saelib.baselines import BaselineError
+from saelib.paths import MissingArtefact
+from saelib.store import ActivationStore
 
 D = 6
 
@@ -67,9 +70,8 @@ def test_ica_is_what_one_call_of_scikit_learn_gives(mixture):
     from sklearn.decomposition import FastICA
 
     reference = FastICA(whiten="unit-variance", random_state=0, tol=1e-7, max_iter=500).fit(mixture[0].double().numpy())
-    cosine = metrics.cosines(
-        baselines.ica(mixture[0], tolerance=1e-7)[0].directions, torch.from_numpy(reference.mixing_.T)
-    )
+    mixing = torch.from_numpy(reference.mixing_.T).float()
+    cosine = metrics.cosines(baselines.ica(mixture[0], tolerance=1e-6)[0].directions, mixing)
     assert cosine.abs().max(dim=1).values.min() > 0.9999
 
 
@@ -115,10 +117,8 @@ def test_moments_of_an_exponential(mixture):
 
 
 def test_moments_of_a_feature_that_never_varies_are_nan():
-    assert baselines.moments(baselines.default_basis(2), [torch.tensor([[1.0, 3], [1, 4]])]).skew.isnan().tolist() == [
-        True,
-        False,
-    ]
+    found = baselines.moments(baselines.default_basis(2), [torch.tensor([[1.0, 3], [1, 4]])])
+    assert found.skew.isnan().tolist() == [True, False]
 
 
 def test_ica_top_k_of_the_code_is_the_formula_of_the_code(mixture):
@@ -168,3 +168,59 @@ def test_save_and_load_keep_every_form(tmp_path, mixture):
     loaded = baselines.load_all(tmp_path)["pca_topk"]
     assert torch.equal(loaded.encode(x), made.encode(x))
     assert torch.equal(loaded(x), made(x))
+
+
+def test_a_missing_folder_names_the_notebook_that_makes_it(tmp_path):
+    with pytest.raises(MissingArtefact, match="Notebook 03_baselines makes it"):
+        baselines.load_all(tmp_path / "none")
+
+
+def keep(store, folder, **parameters):
+    """`fitted` of a PCA, and how often it was made."""
+    calls = []
+
+    def make():
+        calls.append(1)
+        return baselines.pca(baselines.sample(store, 200)), {"said": 7}
+
+    return *baselines.fitted("pca", make, folder, store, **parameters), len(calls)
+
+
+def test_a_finished_fit_is_loaded_until_its_specification_changes(harvested, tmp_path):
+    store = ActivationStore(harvested / RESIDUAL)
+    made, about, calls = keep(store, tmp_path, n=200)
+    assert (calls, about["said"], about["spec"]["parameters"]) == (1, 7, {"n": 200})
+    again, _, calls = keep(store, tmp_path, n=200)
+    assert calls == 0
+    assert torch.equal(again.directions, made.directions)
+    assert keep(store, tmp_path, n=201)[2] == 1
+    assert keep(ActivationStore(harvested / RESIDUAL, outlier_factor=5.0), tmp_path, n=201)[2] == 1
+
+
+def test_a_killed_fit_leaves_nothing_that_counts_as_finished(harvested, tmp_path):
+    def make():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        baselines.fitted("pca", make, tmp_path, ActivationStore(harvested / RESIDUAL))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_width_other_than_the_stores_is_refused(harvested, tmp_path):
+    with pytest.raises(BaselineError, match=r"'default' has width 32, but blocks.0.mlp.hook_post has 48"):
+        baselines.fitted(
+            "default", lambda: (baselines.default_basis(32), {}), tmp_path, ActivationStore(harvested / MLP)
+        )
+
+
+def test_more_activations_than_harvested_are_refused(harvested):
+    store = ActivationStore(harvested / RESIDUAL)
+    with pytest.raises(BaselineError, match=rf"{store.n + 1} activations wanted, .* has {store.n}: ask for fewer"):
+        baselines.sample(store, store.n + 1)
+
+
+def test_a_sample_is_drawn_once_without_repetition(harvested):
+    store = ActivationStore(harvested / RESIDUAL)
+    whole = baselines.sample(store, store.n)
+    assert torch.equal(whole[:50], baselines.sample(store, 50))
+    assert len(whole.unique(dim=0)) == len(next(store.chunks(store.n)).unique(dim=0))
