@@ -109,7 +109,7 @@ def records(
     """
     lowest, highest = torch.where(code.isnan(), torch.inf, code), torch.where(code.isnan(), -torch.inf, code)
     maximum, overall_low = highest.amax(1), lowest.amin((0, 1))
-    overall_high, active = maximum.amax(0), maximum != 0
+    overall_high, active = maximum.amax(0), (maximum != 0) & maximum.isfinite()
     ranked = maximum.argsort(dim=0, descending=True, stable=True)
     lottery = torch.rand(maximum.shape, generator=generator)
     found, skipped = [], Counter()
@@ -125,7 +125,7 @@ def records(
         tickets = torch.where(active[:, column], lottery[:, column], -1)
         tickets[torch.cat([explain, top])] = -1
         scored = torch.cat([top, tickets.topk(N_RANDOM).indices])
-        quiet = torch.where(maximum[:, column] <= 0, lottery[:, column], -1)
+        quiet = torch.where((maximum <= 0)[:, column] & maximum[:, column].isfinite(), lottery[:, column], -1)
         silent = quiet.topk(min(N_RANDOM, int((quiet >= 0).sum()))).indices
         found.append(
             Record(
