@@ -5,10 +5,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
 from saelib.fragments import N_RANDOM, Record, as_integers
+
+PARTS = ("both", "top", "random")  # the ten scored fragments together, the five of the top twenty, the five random ones
 
 
 class Malformed(ValueError):
@@ -177,3 +180,32 @@ def difference_interval(a, b, *, paired: bool = False, resamples: int = 2000, se
         return (float("nan"),) * 3
     left, right = (side[draw.integers(len(side), size=(resamples, len(side)))].mean(1) for side in (a, b))
     return float(a.mean() - b.mean()), *map(float, np.quantile(left - right, [0.025, 0.975]))
+
+
+def correlation_interval(x, y, *, resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """Pearson correlation of `x` and `y` over features, and its 95% bootstrap interval (Table 2)."""
+    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    draws = np.random.default_rng(seed).integers(len(x), size=(resamples, len(x)))
+    values = [np.corrcoef(x[draw], y[draw])[0, 1] for draw in draws]
+    return float(np.corrcoef(x, y)[0, 1]), *map(float, np.nanquantile(values, [0.025, 0.975]))
+
+
+def summary(scores: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """A row per group of `scores` (a row per feature): how many features, and for each of PARTS mean and interval in the
+    columns ``both``, ``both_low``, ``both_high`` and so on."""
+    lines = []
+    for group, rows in scores.groupby(keys, sort=False):
+        line = dict(zip(keys, group, strict=True)) | {"features": len(rows)}
+        for part in PARTS:
+            line |= zip([part, f"{part}_low", f"{part}_high"], mean_interval(rows[part]), strict=True)
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def by_part(scores: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """`summary` with a row per group and part: columns `keys`, features, mean, low, high, part."""
+    wide, tables = summary(scores, keys), []
+    for part in PARTS:
+        names = {part: "mean", f"{part}_low": "low", f"{part}_high": "high"}
+        tables.append(wide[[*keys, "features", *names]].rename(columns=names).assign(part=part))
+    return pd.concat(tables)

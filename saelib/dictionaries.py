@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from saelib import files
-from saelib.paths import require
+from saelib.paths import MissingArtefact, require
 
 
 class DictionaryError(ValueError):
@@ -227,3 +227,12 @@ def load(path: Path, *, device: torch.device | str = "cpu") -> tuple[Dictionary,
     except RuntimeError as error:
         raise DictionaryError(f"{path}: {error}") from error
     return dictionary.to(device), about
+
+
+def find(folder: Path, *, device: torch.device | str = "cpu", **wanted) -> tuple[Dictionary, dict]:
+    """The first trained dictionary in `folder` whose settings (`training.TrainConfig`) are as `wanted`, and its .json."""
+    for path in sorted(folder.glob("*.json")):
+        config = files.read_json(path)["spec"]["config"]
+        if all(config[name] == value for name, value in wanted.items()):
+            return load(path.with_suffix(".safetensors"), device=device)
+    raise MissingArtefact(f"no dictionary in {folder} with {wanted}. Notebook 02_train_dictionaries makes them")

@@ -9,11 +9,12 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from saelib.autointerp import Malformed
+from saelib.autointerp import Explainer, Malformed, Simulator, TokenRules
 from saelib.fragments import N_RANDOM, Record, as_integers
 from saelib.language_models import Chat, LanguageModel, Local, Reply
 
@@ -136,6 +137,23 @@ class LocalSimulator:
             logits = self.model.model(batch, use_cache=False, logits_to_keep=where).logits[0, :, digits].float()
             values.copy_(logits.softmax(1).cpu() @ torch.arange(10.0))
         return result
+
+
+def choose(
+    kind: str, show: Callable[[int], str], *, length: int, model: str, replies: Path, cap: int, device="cpu"
+) -> tuple[Explainer, Simulator]:
+    """Explainer and simulator by name: ``"tokens"`` with rules of at most `length` patterns, ``"local"`` with `model` in
+    process, ``"chat"`` with the endpoint of the environment, its replies kept in the folder `replies` and capped by `cap`."""
+    if kind == "tokens":
+        rules = TokenRules(length=length, show=lambda token: repr(show(token)))
+        return rules, rules
+    if kind == "local":
+        local = Local(model, device=device)
+        return PhraseExplainer(local, show), LocalSimulator(local, show)
+    if kind == "chat":
+        chat = Chat(replies, cap=cap)
+        return PhraseExplainer(chat, show), ChatSimulator(chat, show)
+    raise ValueError(f"no explainer '{kind}': use tokens, chat or local")
 
 
 def estimate(records: list[Record], show: Callable[[int], str]) -> dict[str, int]:

@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from toy_features import COMMA, DIGITS, record, show
@@ -112,3 +113,22 @@ def test_the_interval_of_a_difference():
     shared = draw.normal(0, 1, 100)
     _, low, high = autointerp.difference_interval(shared + 0.1, shared, paired=True)
     assert high - low < 1e-6
+
+
+def test_summaries_group_and_keep_the_intervals():
+    scores = pd.DataFrame(
+        {"method": ["a", "a", "b"], "both": [0.1, 0.3, 0.5], "top": [0.2, 0.2, np.nan], "random": 0.0}
+    )
+    wide = autointerp.summary(scores, ["method"]).set_index("method")
+    assert wide.loc["a", "both"] == pytest.approx(0.2) and wide.loc["a", "features"] == 2
+    assert wide.loc["a", "both_low"] == pytest.approx(0.1) and np.isnan(wide.loc["b", "top"])
+    long = autointerp.by_part(scores, ["method"])
+    assert len(long) == 6 and set(long["part"]) == set(autointerp.PARTS)
+    assert long[(long["part"] == "both") & (long["method"] == "b")]["mean"].item() == 0.5
+
+
+def test_the_interval_of_a_correlation():
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=400)
+    value, low, high = autointerp.correlation_interval(x, x + draw.normal(size=400))
+    assert value == pytest.approx(0.71, abs=0.06) and low < value < high and 0.05 < high - low < 0.2

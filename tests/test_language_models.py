@@ -279,3 +279,13 @@ def test_a_local_model_explains_and_its_unknowns_do_not_depend_on_what_follows(l
     assert whole.shape == tokens.shape and ((whole > 0) & (whole < 9)).all() and whole.std() > 0
     torch.testing.assert_close(whole[:, :3], part, rtol=1e-4, atol=1e-4)
     assert prompts.PhraseExplainer(local, show).model.complete(HELLO, 4).tokens > 4
+
+
+def test_explainer_and_simulator_by_name(endpoint, tmp_path, llama):
+    options = {"length": 4, "model": llama, "replies": tmp_path, "cap": 10}
+    rules, same = prompts.choose("tokens", show, **options)
+    assert rules is same and rules.length == 4
+    chat, local = (prompts.choose(kind, show, **options) for kind in ("chat", "local"))
+    assert chat[0].model.cap == chat[1].model.cap == 10 and isinstance(local[1], prompts.LocalSimulator)
+    with pytest.raises(ValueError, match="use tokens, chat or local"):
+        prompts.choose("oracle", show, **options)
