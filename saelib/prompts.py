@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from saelib import models
 from saelib.autointerp import Explainer, Malformed, Simulator, TokenRules
 from saelib.fragments import N_RANDOM, Record, as_integers
 from saelib.language_models import Chat, LanguageModel, Local, Reply
@@ -148,7 +149,7 @@ def choose(
         rules = TokenRules(length=length, show=lambda token: repr(show(token)))
         return rules, rules
     if kind == "local":
-        local = Local(model, device=device)
+        local = Local(model, device=device, dtype=models.fast_dtype(device))
         return PhraseExplainer(local, show), LocalSimulator(local, show)
     if kind == "chat":
         chat = Chat(replies, cap=cap)
