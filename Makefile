@@ -14,10 +14,10 @@ export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help replicate test unit pipeline nbval interop data figures refresh search bench lint lab clean
+.PHONY: help replicate test unit pipeline nbval interop serve-test data figures refresh search bench lint lab clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 	@echo; echo "profiles (PROFILE=...): $(basename $(notdir $(wildcard notebooks/profiles/*.yaml)))"
 
 $(VENV)/installed: requirements.lock pyproject.toml
@@ -55,6 +55,9 @@ nbval: data  ## run the committed notebooks and compare their checked cells
 
 interop: data  ## load our folders with SAELens and dictionary_learning (installs them in an environment of their own)
 	$(BIN)/python -m pytest -m interop
+
+serve-test: data  ## explanation and simulation through the openai client against `transformers serve` on loopback
+	$(BIN)/python -m pytest -m serve -s
 
 search: data  ## the search over training settings behind notebook 02 (half an hour)
 	$(BIN)/python workflow/search_settings.py

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from saelib import files
-from saelib.paths import require
+from saelib.paths import MissingArtefact, require
 
 
 class DictionaryError(ValueError):
@@ -157,6 +157,34 @@ class TopKSAE(StandardSAE):
         return keep_largest(super().encode(x), int(self.k))
 
 
+class Linear(Dictionary):
+    """A linear map that was fitted, not trained: what `saelib.baselines` makes of PCA, ICA and the other baselines.
+
+        c = E (x - mean) / scale,  then ReLU if ``rectify``,  then all but the k largest |c_j| set to 0 if ``k`` > 0
+        x_hat = scale * D^T c + mean
+
+    ``encoder`` E [n_features, d], ``decoder`` D [n_features, d] of unit rows. Codes have both signs unless ``rectify``.
+    """
+
+    kind = "linear"
+
+    def __init__(self, n_features: int, d: int):
+        super().__init__(d)
+        self.register_buffer("encoder", torch.zeros(n_features, d))
+        self.register_buffer("decoder", torch.zeros(n_features, d))
+        self.register_buffer("rectify", torch.tensor(False))
+        self.register_buffer("k", torch.tensor(0))
+
+    @property
+    def directions(self) -> Tensor:
+        return self.decoder
+
+    def encode(self, x: Tensor) -> Tensor:
+        code = self.standardise(x) @ self.encoder.T
+        code = torch.relu(code) if self.rectify else code
+        return code * (keep_largest(code.abs(), int(self.k)) > 0) if self.k > 0 else code
+
+
 def keep_largest(code: Tensor, k: int) -> Tensor:
     """`code` [..., n_features] with all but the `k` largest entries of each row set to 0."""
     values, places = code.topk(min(k, code.shape[-1]), dim=-1)
@@ -164,6 +192,7 @@ def keep_largest(code: Tensor, k: int) -> Tensor:
 
 
 KINDS: dict[str, type[Dictionary]] = {member.kind: member for member in (TiedSAE, UntiedSAE, StandardSAE, TopKSAE)}
+MEMBERS = KINDS | {Linear.kind: Linear}  # what a file may hold; KINDS are trained
 
 
 def save(dictionary: Dictionary, path: Path, **about) -> None:
@@ -188,13 +217,22 @@ def save(dictionary: Dictionary, path: Path, **about) -> None:
 def load(path: Path, *, device: torch.device | str = "cpu") -> tuple[Dictionary, dict]:
     """Read a dictionary and its .json. Raises `DictionaryError` for another kind, shape or an altered file."""
     about = files.read_json(require(path.with_suffix(".json"), "02_train_dictionaries"))
-    if about["kind"] not in KINDS:
-        raise DictionaryError(f"{path}: unknown kind '{about['kind']}'; known are {', '.join(KINDS)}")
+    if about["kind"] not in MEMBERS:
+        raise DictionaryError(f"{path}: unknown kind '{about['kind']}'; known are {', '.join(MEMBERS)}")
     if files.sha256(path) != about["sha256"]:
         raise DictionaryError(f"{path} is not the file that its .json describes: delete both and train again")
-    dictionary = KINDS[about["kind"]](about["n_features"], about["d"])
+    dictionary = MEMBERS[about["kind"]](about["n_features"], about["d"])
     try:
         dictionary.load_state_dict(load_file(path))
     except RuntimeError as error:
         raise DictionaryError(f"{path}: {error}") from error
     return dictionary.to(device), about
+
+
+def find(folder: Path, *, device: torch.device | str = "cpu", **wanted) -> tuple[Dictionary, dict]:
+    """The first trained dictionary in `folder` whose settings (`training.TrainConfig`) are as `wanted`, and its .json."""
+    for path in sorted(folder.glob("*.json")):
+        config = files.read_json(path)["spec"]["config"]
+        if all(config[name] == value for name, value in wanted.items()):
+            return load(path.with_suffix(".safetensors"), device=device)
+    raise MissingArtefact(f"no dictionary in {folder} with {wanted}. Notebook 02_train_dictionaries makes them")

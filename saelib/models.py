@@ -136,11 +136,13 @@ def bare_forward(
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
     raw: Path = RAW,
+    alter: Callable[[torch.nn.Module], object] | None = None,
 ) -> Forward:
     """A function from tokens [batch, pos] to ``{hook: [batch, pos, d]}`` in the model's raw coordinates.
     Only the blocks up to the last hook are loaded and run, with the attention kernels of `transformers`, and no
     unembedding: equal to a cached run of the bridge (tests/test_models.py), and faster (tests/benchmarks). Which
     module stands behind a hook is taken from TransformerLens' architecture adapters, so no model needs code here.
+    ``alter(model)`` is called before anything runs, for controls that change its weights.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -152,6 +154,8 @@ def bare_forward(
             AutoModelForCausalLM, name, raw, config=config, dtype=dtype, revision=revision or "main"
         )
     model.to(device).eval()
+    if alter:
+        alter(model)
     adapter = _adapter(name, config, raw)
     listener: list[Take] = []
 

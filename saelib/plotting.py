@@ -17,10 +17,11 @@ NARROW, WIDE = (3.3, 2.6), (6.8, 2.8)  # inches: one column, two columns
 
 #: A method keeps its colour and marker in every figure. Learned dictionaries are blue and violet, baselines grey to orange.
 COLOURS = {"tied": "#1f5fa8", "untied": "#8e44ad", "standard": "#00838f", "topk": "#b8336a"}
-COLOURS |= {"pca": "#e08a2e", "random": "#7f7f7f"}
+COLOURS |= {"pca": "#e08a2e", "random": "#7f7f7f", "ica": "#8a6d1f", "default": "#333333"}
 MARKERS = {"tied": "o", "untied": "s", "standard": "D", "topk": "v", "pca": "^", "random": "x"}
+MARKERS |= {"ica": "P", "default": "<"}
 LABELS = {"tied": "tied (the paper's)", "untied": "untied", "standard": "standard", "topk": "TopK"}
-LABELS |= {"pca": "PCA", "random": "random directions"}
+LABELS |= {"pca": "PCA", "random": "random directions", "ica": "ICA", "default": "default basis"}
 
 
 def use_style() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from saelib import dictionaries, files
+from saelib.paths import MissingArtefact
 
 KINDS = list(dictionaries.KINDS.values())
 
@@ -178,3 +179,13 @@ def test_saving_anew_first_takes_the_old_description_away(dictionary, saved):
     with pytest.raises(TypeError):
         dictionaries.save(dictionary, saved, spec=object())
     assert not saved.with_suffix(".json").exists()
+
+
+def test_a_dictionary_is_found_by_its_settings(tmp_path):
+    for seed in (0, 1):
+        made = dictionaries.TiedSAE(6, 4, generator=torch.Generator().manual_seed(seed))
+        dictionaries.save(made, tmp_path / f"any_{seed}.safetensors", spec={"config": {"seed": seed, "alpha": 0.1}})
+    found, about = dictionaries.find(tmp_path, seed=1, alpha=0.1)
+    assert torch.equal(found.weight, made.weight) and about["spec"]["config"]["seed"] == 1
+    with pytest.raises(MissingArtefact, match="Notebook 02"):
+        dictionaries.find(tmp_path, seed=2)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import MLP, RESIDUAL
 
 from saelib import models
 
@@ -119,3 +120,16 @@ def test_dtypes_by_name():
     assert models.as_dtype("float16") is torch.float16
     assert models.as_dtype("auto") is models.fast_dtype("cpu")
     assert models.fast_dtype("cpu") in (torch.float32, torch.bfloat16)
+
+
+def test_alter_changes_the_weights_before_anything_runs(llama, rows, llama_forward):
+    def silence(model):
+        for block in model.model.layers:
+            block.mlp.down_proj.weight.data.zero_()
+
+    altered = models.bare_forward(llama, [MLP], alter=silence)(rows.held_out[:2].long())[MLP]
+    same = models.bare_forward(llama, [MLP], alter=lambda model: None)(rows.held_out[:2].long())[MLP]
+    assert torch.equal(same, llama_forward(rows.held_out[:2].long())[MLP])
+    assert torch.equal(altered, same)  # block 0 comes before what was silenced
+    deeper = models.bare_forward(llama, [RESIDUAL], alter=silence)(rows.held_out[:2].long())[RESIDUAL]
+    assert not torch.allclose(deeper, llama_forward(rows.held_out[:2].long())[RESIDUAL])
