@@ -14,7 +14,9 @@ def x_baselines(table: pd.DataFrame, axes: np.ndarray) -> np.ndarray:
     """FVU against mean L0, a panel per hook, a line per method. `table` has hook, method, form, l0, fvu, fvu_interval;
     form is "line" (trained dictionaries, top-K) or "rectified" (hollow symbols, not joined). `axes` [rows, columns]."""
     handles = {}
-    for axis, (hook, rows) in zip(axes.flat, table.groupby("hook", sort=False), strict=True):
+    for axis in axes.flat[table["hook"].nunique() :]:
+        axis.axis("off")
+    for axis, (hook, rows) in zip(axes.flat, table.groupby("hook", sort=False), strict=False):
         for (method, form), part in rows.sort_values("l0").groupby(["method", "form"], sort=False):
             style = {"color": COLOURS[method], "marker": MARKERS[method], "lw": 1.2 * (form == "line")}
             style |= {"mfc": "white"} if form == "rectified" else {}
