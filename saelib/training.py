@@ -190,7 +190,7 @@ def train(
 
 
 def start(store: ActivationStore, config: TrainConfig) -> Dictionary:
-    """The untrained dictionary of `config`, with the store's mean and scale where asked for."""
+    """The untrained dictionary of `config`, with the store's mean and scale where asked for; a decoder bias is the mean."""
     generator = torch.Generator().manual_seed(config.seed)
     options = {"k": config.k} if config.kind == "topk" else {}
     n_features = round(config.ratio * store.d)
@@ -200,6 +200,8 @@ def start(store: ActivationStore, config: TrainConfig) -> Dictionary:
     if config.scale:
         centred = store.mean.square().mean().item() if config.centre else 0.0
         dictionary.scale.fill_(math.sqrt(store.scale**2 - centred))
+    if hasattr(dictionary, "decoder_bias"):
+        dictionary.decoder_bias.data.copy_(dictionary.standardise(store.mean))
     return dictionary
 
 

@@ -20,6 +20,9 @@ def pair(kind: str, bias: float = -0.8, n_features: int = 96, d: int = 40):
         one = dictionaries.KINDS[kind](n_features, d, generator=generator)
         with torch.no_grad():
             one.bias.fill_(bias)
+            if kind in ("standard", "topk"):  # their rows start short
+                one.weight.mul_(10)
+                one.decoder.mul_(10)
             if kind == "topk":
                 one.k.fill_(9)
             if hasattr(one, "decoder_bias"):
