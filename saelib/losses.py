@@ -34,7 +34,8 @@ def hand_gradient(
 
     and for a matrix of unit rows M = W / ||W|| the chain rule gives (grad M - (grad M . M) M) / ||W||. Tied: D = E = M.
     Products run in `dtype`, sums over the weights in the weights' own. `x` [batch, d] is standardised. `before`
-    [batch, n_features], where it is known already, is E y + b; it is overwritten. Returns ``error`` (0-d) and ``code`` [batch, n_features]. Equal to autograd (tests/test_losses.py); timed by tests/benchmarks/bench_step.py.
+    [batch, n_features], where it is known already, is E y + b; it is overwritten. Returns ``error`` (0-d) and ``code``
+    [batch, n_features]. Equal to autograd (tests/test_losses.py); timed by tests/benchmarks/bench_step.py.
     """
     tied, offset = dictionary.kind == "tied", getattr(dictionary, "decoder_bias", None)
     batch, d = x.shape
