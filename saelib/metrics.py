@@ -9,9 +9,8 @@ from torch import Tensor
 
 from saelib.dictionaries import Dictionary
 
-GROUP = (
-    255  # held-out activations that share a context: the unit of the bootstrap, since neighbours are not independent
-)
+GROUP = 255  # held-out activations of one context: the unit of the bootstrap, since neighbours are not independent
+BLOCK = 2048  # activations whose codes are held at once: larger ones leave the processor's cache
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ def evaluate(
     `mean` [d] is the one that FVU is taken around: that of the evaluated activations (`ActivationStore.mean`).
     """
     errors, totals, counts, fired, window = [], [], [], 0, 0
-    for x in chunks:
+    for x in (part for chunk in chunks for part in chunk.split(BLOCK)):
         x = x.to(mean.device, torch.float32)
         code = dictionary.encode(x)
         errors.append((x - dictionary.decode(code)).square().sum(1))
