@@ -14,28 +14,30 @@ from torch import Tensor
 
 #: {b} is the subject S, {a} the indirect object IO; each ends where the IO must follow. This is the order BABA.
 TEMPLATES = (
-    "After {b} and {a} left the {place}, {b} handed the {object} to",
+    "After {b} and {a} came back from the {place}, {b} gave a {object} to",
     "When {b} and {a} met at the {place}, {b} gave a {object} to",
     "Yesterday {b} and {a} walked to the {place}. {b} passed a {object} to",
-    "While {b} and {a} were waiting at the {place}, {b} offered a {object} to",
+    "While {b} and {a} were waiting at the {place}, {b} gave a {object} to",
     "Last week {b} and {a} drove to the {place}, and {b} gave a {object} to",
     "In the morning {b} and {a} went to the {place}, where {b} gave a {object} to",
     "Then {b} and {a} had a quiet talk at the {place}. Afterwards {b} said to",
     "The friends {b} and {a} found a {object} at the {place}. {b} gave it to",
     "At the {place}, {b} and {a} saw a {object}. {b} decided to give it to",
-    "Once {b} and {a} had reached the {place}, {b} showed a {object} to",
-    "On Sunday {b} and {a} worked at the {place}, and {b} brought a {object} to",
+    "Once {b} and {a} had reached the {place}, {b} gave a {object} to",
+    "On Sunday {b} and {a} were working at the {place}, and {b} gave a {object} to",
     "As soon as {b} and {a} got to the {place}, {b} decided to give a {object} to",
 )
 PLACES = ("store", "garden", "restaurant", "school", "hospital", "office", "station", "library")
 OBJECTS = ("ring", "book", "letter", "ticket", "basket", "drink", "map", "coat")
-NAMES = tuple(
-    "Aaron Adam Alan Alex Alice Amy Andrew Anna Anthony Barbara Ben Brian Carol Charles Chris Claire Daniel David Diana Edward "
-    "Elizabeth Emily Emma Eric Frank George Grace Helen Henry Jack Jacob James Jane Jason Jean Jennifer Jessica Jim Joe John "
-    "Jonathan Joseph Julia Karen Kate Kevin Laura Linda Lisa Lucy Margaret Maria Mark Martin Mary Matthew Michael Michelle Mike "
-    "Nancy Nick Nicole Patrick Paul Peter Rachel Richard Robert Rose Ruth Ryan Sam Samuel Sarah Scott Simon Sophie Stephen Steve "
-    "Steven Susan Thomas Tim Tom Victoria William".split()
-)
+NAMES = (
+    "Aaron", "Adam", "Alan", "Alex", "Alice", "Amy", "Andrew", "Anna", "Anthony", "Barbara", "Ben", "Brian", "Carol",
+    "Charles", "Chris", "Claire", "Daniel", "David", "Diana", "Edward", "Elizabeth", "Emily", "Emma", "Eric", "Frank",
+    "George", "Grace", "Helen", "Henry", "Jack", "Jacob", "James", "Jane", "Jason", "Jean", "Jennifer", "Jessica", "Jim",
+    "Joe", "John", "Jonathan", "Joseph", "Julia", "Karen", "Kate", "Kevin", "Laura", "Linda", "Lisa", "Lucy", "Margaret",
+    "Maria", "Mark", "Martin", "Mary", "Matthew", "Michael", "Michelle", "Mike", "Nancy", "Nick", "Nicole", "Patrick",
+    "Paul", "Peter", "Rachel", "Richard", "Robert", "Rose", "Ruth", "Ryan", "Sam", "Samuel", "Sarah", "Scott", "Simon",
+    "Sophie", "Stephen", "Steve", "Steven", "Susan", "Thomas", "Tim", "Tom", "Victoria", "William",
+)  # fmt: skip
 
 
 class IOIError(ValueError):
@@ -184,7 +186,7 @@ def failing(table: pd.DataFrame, floor: float) -> str:
     accuracy = (table["accuracy"] * table["n"]).sum() / table["n"].sum()
     if accuracy >= floor:
         return ""
-    return f"the model names the indirect object in {accuracy:.0%} of the prompts, fewer than {floor:.0%}: no conclusion is drawn"
+    return f"the model names the indirect object in {accuracy:.0%} of the prompts, not in {floor:.0%}: no conclusion is drawn"
 
 
 def _ids(tokenizer, text: str) -> list[int]:
