@@ -25,7 +25,7 @@ def folder(request, tokenizer, tmp_path_factory) -> str:
     made = patching.load(request.getfixturevalue(request.param)).model
     for name, parameter in made.named_parameters():
         if parameter.dim() == 2:
-            parameter.mul_(1 if "embed_in" in name or "embed_tokens" in name else 4)
+            parameter.mul_(1 if "embed_in" in name or "embed_tokens" in name else 8)
     folder = tmp_path_factory.mktemp(request.param)
     made.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -102,13 +102,13 @@ def test_nothing_patched_leaves_the_base(tail, learned):
     kl, edit = patch.measure([[]])
     torch.testing.assert_close(kl[0], tail.kl_base)
     assert (edit == 0).all()
-    assert tail.kl_base.mean() > 0.01
+    assert tail.kl_base.mean() > 0.005
 
 
 def test_a_complete_orthogonal_basis_reaches_a_kl_of_zero(tail, rotation):
     patch = patching.patch(tail, rotation)
     kl, edit = patch.measure([patch.candidates, range(32)])
-    assert kl.abs().max() < 1e-5
+    assert kl.abs().max() < 1e-3 * tail.kl_base.mean()
     whole = (tail.x_counterfactual - tail.x).norm(dim=-1).sum(1)
     torch.testing.assert_close(edit[0], whole, rtol=1e-3, atol=1e-4)
 
