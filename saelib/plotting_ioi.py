@@ -29,7 +29,9 @@ def fig3_ioi(table: pd.DataFrame, look: dict[str, dict], axes: tuple[Axes, Axes]
             axis.fill_between(part[column], part["low"], part["high"], color=look[name]["color"], alpha=0.12, lw=0)
         axis.set_ylim(bottom=0)
     axes[0].set_xscale("symlog", linthresh=1)
-    axes[0].set(xlabel="patched features (log scale from 1)", ylabel="KL(patched || counterfactual), nats")
+    axes[0].set(
+        xlabel="patched features (log scale from 1)", ylabel="KL(patched || counterfactual), nats", xlim=(0, None)
+    )
     axes[1].set(xlabel="mean edit length, model units", xlim=(0, None))
     axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return axes
@@ -59,6 +61,6 @@ def x_one_prompt(table: pd.DataFrame, names: tuple[str, str], axes: Axes) -> Axe
         label=f"{names[1]} (counterfactual)",
     )
     axes.set_xscale("symlog", linthresh=1)
-    axes.set(xlabel="patched features (log scale from 1)", ylabel="logit")
+    axes.set(xlabel="patched features (log scale from 1)", ylabel="logit", xlim=(0, None))
     axes.legend()
     return axes
