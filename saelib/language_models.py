@@ -144,7 +144,7 @@ class Local:
         from transformers import AutoModelForCausalLM
 
         self.tokenizer = models.load_tokenizer(name)
-        self.model = models._from_pretrained(AutoModelForCausalLM, name, models.RAW, dtype=dtype).to(device).eval()
+        self.model = models.read_pretrained(AutoModelForCausalLM, name, models.RAW, dtype=dtype).to(device).eval()
 
     def prompt(self, messages: list[dict]) -> list[int]:
         """Token ids of `messages` by the model's chat template, or as plain paragraphs where it has none."""

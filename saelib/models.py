@@ -66,7 +66,7 @@ def locate(name: str, raw: Path = RAW) -> str:
     return name
 
 
-def _from_pretrained(loader, name: str, raw: Path, **options):
+def read_pretrained(loader, name: str, raw: Path, **options):
     """``loader.from_pretrained`` with our names, no remote code, and an error that says what to do offline."""
     from transformers.utils import logging
 
@@ -84,7 +84,7 @@ def load_tokenizer(name: str, raw: Path = RAW, revision: str | None = None):
     """The model's fast tokenizer."""
     from transformers import AutoTokenizer
 
-    return _from_pretrained(AutoTokenizer, name, raw, revision=revision or "main")
+    return read_pretrained(AutoTokenizer, name, raw, revision=revision or "main")
 
 
 def load_model(
@@ -107,7 +107,7 @@ def load_model(
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoModelForCausalLM
 
-    model = _from_pretrained(AutoModelForCausalLM, name, raw, dtype=dtype, revision=revision or "main")
+    model = read_pretrained(AutoModelForCausalLM, name, raw, dtype=dtype, revision=revision or "main")
     tokenizer, model = load_tokenizer(name, raw, revision), model.to(device)
     bridge = TransformerBridge.boot_transformers(
         locate(name, raw), hf_model=model, tokenizer=tokenizer, dtype=dtype, device=str(device)
@@ -146,11 +146,11 @@ def bare_forward(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = _from_pretrained(AutoConfig, name, raw, revision=revision or "main")
+    config = read_pretrained(AutoConfig, name, raw, revision=revision or "main")
     places = {hook: parse_hook(hook, config.num_hidden_layers) for hook in hooks}
     config.num_hidden_layers = 1 + max(layer for layer, _ in places.values())
     with _quiet_loading():
-        model = _from_pretrained(
+        model = read_pretrained(
             AutoModelForCausalLM, name, raw, config=config, dtype=dtype, revision=revision or "main"
         )
     model.to(device).eval()

@@ -68,7 +68,7 @@ def plain_log(axis) -> None:
     axis.set_minor_formatter(mpl.ticker.NullFormatter())
 
 
-def _hook_label(hook: str) -> str:
+def hook_label(hook: str) -> str:
     """``layer 10, hook_resid_post`` for ``blocks.10.hook_resid_post``."""
     return "layer {1}, {2}".format(*hook.split(".", 2))
 
@@ -81,7 +81,7 @@ def fig6_tradeoff(table: pd.DataFrame, axes: tuple[Axes, Axes]) -> tuple[Axes, A
     hooks = sorted(table["hook"].unique(), key=lambda hook: int(hook.split(".")[1]))
     colours = shades(range(len(hooks)))
     lines = [
-        (axes[0], table[(table["hook"] == hook) & (table["kind"] == "tied")], colours[n], "o", _hook_label(hook))
+        (axes[0], table[(table["hook"] == hook) & (table["kind"] == "tied")], colours[n], "o", hook_label(hook))
         for n, hook in enumerate(hooks)
     ]
     lines += [
@@ -135,7 +135,7 @@ def fig16_alive(table: pd.DataFrame, axes: list[Axes]) -> list[Axes]:
             axis.plot(line["alpha"], line["alive"], color=colours[ratio], marker=markers[ratio], label=f"R = {ratio:g}")
         axis.set_xscale("symlog", linthresh=1e-4)
         axis.set_xticks([0, 1e-4, 1e-3, 1e-2], ["0", "1e-4", "1e-3", "1e-2"])
-        axis.set(xlim=(-3e-5, 1.2e-2), ylim=(0, 1.05), xlabel=f"α (log scale from 1e-4)\n{_hook_label(hook)}, {kind}")
+        axis.set(xlim=(-3e-5, 1.2e-2), ylim=(0, 1.05), xlabel=f"α (log scale from 1e-4)\n{hook_label(hook)}, {kind}")
         axis.legend(loc="lower left", fontsize=7)
     axes[0].set_ylabel("share of features alive")
     return axes
@@ -218,7 +218,7 @@ def x_spectrum(table: pd.DataFrame, axes: Axes) -> Axes:
     """Share of variance held by the k largest coordinates of the default basis, per hook. Columns hook, k, share."""
     hooks = table["hook"].drop_duplicates()
     for hook, colour in zip(hooks, shades(range(len(hooks))).values(), strict=True):
-        part, label = table[table["hook"] == hook], _hook_label(hook)
+        part, label = table[table["hook"] == hook], hook_label(hook)
         axes.plot(part["k"], part["share"], color=colour, label=label)
     axes.set(xscale="log", xlabel="number of coordinates, largest first (log scale)", ylabel="share of the variance")
     axes.xaxis.set_major_formatter(mpl.ticker.StrMethodFormatter("{x:g}"))

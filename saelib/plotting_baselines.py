@@ -5,7 +5,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import StrMethodFormatter
 
-from saelib.plotting import COLOURS, LABELS, MARKERS, _hook_label, plain_log
+from saelib.plotting import COLOURS, LABELS, MARKERS, hook_label, plain_log
 
 EDGE = 1.16  # what has a higher FVU is drawn here
 
@@ -27,7 +27,7 @@ def x_baselines(table: pd.DataFrame, axes: np.ndarray) -> np.ndarray:
                 handles[LABELS[method]] = drawn
         axis.axhline(1, color="#444444", ls=":", lw=1)
         axis.set(xscale="log", ylim=(0, EDGE + 0.04))
-        axis.set_title(_hook_label(hook), fontsize=8)
+        axis.set_title(hook_label(hook), fontsize=8)
         plain_log(axis.xaxis)
     for axis in axes[-1]:
         axis.set_xlabel("active features, L0 (log scale)")

@@ -70,7 +70,7 @@ def losses_under(
 
     if tokens.shape[1] < first_position + 2:
         raise models.ModelError(f"rows of {tokens.shape[1]} tokens leave nothing to predict from {first_position} on")
-    model = models._from_pretrained(AutoModelForCausalLM, name, models.RAW, dtype=dtype, revision=revision or "main")
+    model = models.read_pretrained(AutoModelForCausalLM, name, models.RAW, dtype=dtype, revision=revision or "main")
     layer, site = models.parse_hook(hook, model.config.num_hidden_layers)
     adapter = models._adapter(name, model.to(device).eval().config, models.RAW)
     module, what = models._module_behind(adapter, model, layer, site)
