@@ -7,6 +7,7 @@ the model's units: the dictionary's own error on the base prompt is kept (paper 
 prompts of KL(patched || counterfactual) at the last position, in nats; the edit is the mean over positions of ||x' - x||.
 """
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from saelib import models
+from saelib import files, models
 from saelib.dictionaries import Dictionary
 from saelib.ioi import Prompts
 
@@ -43,8 +44,10 @@ def load(
     """The model `name` (as for `models.load_model`) in its raw coordinates, ready for `Tail` at any layer."""
     from transformers import AutoModelForCausalLM
 
-    model = models._from_pretrained(AutoModelForCausalLM, name, models.RAW, dtype=dtype, revision=revision or "main")
+    model = models.read_pretrained(AutoModelForCausalLM, name, models.RAW, dtype=dtype, revision=revision or "main")
     model = model.to(device).eval().requires_grad_(False)
+    # a slice of the last position is not contiguous, for which the unembedding would be done prompt by prompt
+    model.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(),))
     adapter = models._adapter(name, model.config, models.RAW)
     blocks = [adapter.get_component(model, f"blocks.{number}") for number in range(model.config.num_hidden_layers)]
     return LanguageModel(name, model, blocks)
@@ -58,7 +61,8 @@ class Tail:
 
     Attributes: ``x`` and ``x_counterfactual`` [n, pos, d] the stream over those columns; ``change`` [n, pos] bool, the
     positions that can change; ``n_positions`` [n] of each prompt, its first token not counted; ``logits`` and
-    ``logits_counterfactual`` [n, vocab] at the last position; ``kl_base`` [n] in nats, the KL with nothing patched.
+    ``logits_counterfactual`` [n, vocab] at the last position; ``kl_base`` [n] in nats, the KL with nothing patched; ``spec``
+    all that these depend on.
 
     Raises `models.ModelError` for a hook that the model lacks and for one that is not a residual stream.
     """
@@ -71,6 +75,8 @@ class Tail:
                 f"'{hook}': prompts are patched in the residual stream, blocks.<layer>.hook_resid_post"
             )
         self.lm, self.hook, self.prompts = lm, hook, prompts
+        tokens = {part: getattr(prompts, part).tolist() for part in ("base", "counterfactual", "start")}
+        self.spec = {"model": lm.name, "dtype": str(lm.model.dtype), "hook": hook, "prompts": files.key(tokens)}
         device, dtype = lm.model.device, lm.model.dtype
         columns, start = torch.arange(prompts.base.shape[1], device=device), prompts.start.to(device)[:, None]
         real, places = columns >= start, (columns - start).clamp(min=0)
@@ -164,13 +170,14 @@ class Patch:
 
     ``steps`` [n, pos, n_features]: code on the counterfactual minus code on the base, 0 where nothing can change;
     ``writes`` [n_features, d]: what one unit of each code writes, in the model's units; ``candidates``: the features whose
-    code differs somewhere. All others do nothing and are never tried.
+    code differs somewhere, all others do nothing and are never tried; ``spec`` all that its KL depends on.
     """
 
     tail: Tail
     steps: Tensor
     writes: Tensor
     candidates: Tensor
+    spec: dict
 
     def apply(self, chosen: Tensor | Sequence[int]) -> Tensor:
         """x' [n, pos, d] with the features `chosen` (their numbers in the dictionary) patched."""
@@ -214,4 +221,8 @@ def patch(tail: Tail, dictionary: Dictionary, label: str = "dictionary") -> Patc
             f"no code of '{label}' differs between base and counterfactual at {tail.hook}: its features are dead on these "
             "prompts, so nothing can be patched; take a smaller alpha or another layer"
         )
-    return Patch(tail, steps, dictionary.scale * dictionary.directions.detach(), candidates)
+    content = hashlib.sha256()
+    for value in dictionary.state_dict().values():
+        content.update(value.cpu().numpy().tobytes())
+    spec = tail.spec | {"dictionary": label, "content": content.hexdigest()}
+    return Patch(tail, steps, dictionary.scale * dictionary.directions.detach(), candidates, spec)

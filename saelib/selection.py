@@ -1,12 +1,15 @@
-"""Which features to patch: gradient attribution, and the pruning of the paper's code (ACDC on a flat graph)."""
+"""Which features to patch: gradient attribution, the pruning of the paper's code (ACDC on a flat graph), and their curves."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from saelib import files
+from saelib import files, metrics
 from saelib.patching import Patch
 
 
@@ -41,7 +44,7 @@ def prune(
     seed: int = 0,
     block: int = 1,
     path: Path | None = None,
-    **spec,
+    spec: dict | None = None,
 ) -> list[dict]:
     """Nested sets of features by threshold pruning; returns ``{threshold, features, kl, evaluations}`` for each threshold.
 
@@ -54,20 +57,24 @@ def prune(
     evaluate : KL of a set of features (`Patch.mean_kl`).
     block : features that are tried together: they go at once if they raise the KL by less than the threshold all together;
         if not, each half is tried, down to single features. 1 is the code's rule, larger blocks are stricter and cheaper.
-    path : a .json that is written after each threshold. A killed run goes on with the next one and ends with the same sets;
-        a file of another `spec` (give all that `evaluate` depends on), start, thresholds, seed or block is not used.
+    path : a .json that is written after each threshold, with `spec`, all that `evaluate` depends on (`Patch.spec`). A killed
+        run goes on with the next threshold and ends with the same bytes; a file made with anything else is not used.
     """
+    if path and not spec:
+        raise ValueError("sets are only kept together with what they depend on: give `spec`, for example Patch.spec")
     start, thresholds = [int(one) for one in start], sorted(map(float, thresholds))
-    spec = spec | {"start": start, "thresholds": thresholds, "seed": seed, "block": block}
+    spec = (spec or {}) | {"start": start, "thresholds": thresholds, "seed": seed, "block": block}
     stored = files.read_json(path) if path and path.exists() else {}
     found = stored["found"] if stored.get("spec") == spec else []
     kept, running = (found[-1]["features"], found[-1]["kl"]) if found else (start, None)
+    bar = tqdm(total=len(thresholds), initial=len(found), desc="prune", unit="threshold", leave=False)
     for number in range(len(found), len(thresholds)):
         running, evaluations = (evaluate(kept), 1) if running is None else (running, 0)
         generator = torch.Generator().manual_seed(seed * len(thresholds) + number)
         order = torch.tensor(kept, dtype=torch.long)[torch.randperm(len(kept), generator=generator)].tolist()
         waiting = [order[first : first + block] for first in range(0, len(order), block)][::-1]
         while waiting:
+            bar.set_postfix_str(f"{len(kept)} left, KL {running:.3f}")
             trial = waiting.pop()
             without = [one for one in kept if one not in trial]
             kl, evaluations = evaluate(without), evaluations + 1
@@ -77,9 +84,23 @@ def prune(
                 middle = len(trial) // 2
                 waiting += [trial[middle:], trial[:middle]]
         found.append({"threshold": thresholds[number], "features": kept, "kl": running, "evaluations": evaluations})
+        bar.update()
         if path:
             files.write_json(path, {"spec": spec, "found": found})
+    bar.close()
     return found
+
+
+def curve(patch: Patch, sets: Sequence[Tensor | Sequence[int]], **about) -> pd.DataFrame:
+    """A row per set: ``features``, mean ``kl`` (nats) and ``edit`` (model units), each with its ``low`` and ``high`` end of a
+    95% bootstrap interval over prompts, the sets held fixed (``edit_low``, ``edit_high``); and the columns `about`."""
+    rows, n = [], patch.tail.n_positions.cpu().numpy()
+    for chosen, kl, edit in zip(sets, *(part.numpy() for part in patch.measure(sets)), strict=True):
+        row = {"features": len(chosen), "kl": kl.mean(), "edit": edit.sum() / n.sum()}
+        row |= zip(("low", "high"), metrics.bootstrap_ratio(kl, np.ones_like(kl)), strict=True)
+        row |= zip(("edit_low", "edit_high"), metrics.bootstrap_ratio(edit, n), strict=True)
+        rows.append(about | row)
+    return pd.DataFrame(rows)
 
 
 def needed(kl: Sequence[float], cost: Sequence[float], goal: float) -> float:
@@ -94,3 +115,37 @@ def needed(kl: Sequence[float], cost: Sequence[float], goal: float) -> float:
             share = (kl[number - 1] - goal) / (kl[number - 1] - value)
             return float(cost[number - 1] + share * (cost[number] - cost[number - 1]))
     return float("inf")
+
+
+def needed_again(
+    fall: Tensor,
+    select: Patch,
+    report: Patch,
+    sizes: Sequence[int],
+    *,
+    reselect: int,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> np.ndarray:
+    """Features and edit that remove half of the KL, [resamples, 2], when all prompts are drawn again: those that select and
+    those that report. Equal seeds draw equal prompts, so that two dictionaries can be compared draw by draw.
+
+    `reselect` times the prompts of `select` are drawn with replacement and the features ranked by `fall` on them; each
+    order is measured on all of `report` at `sizes` and with all candidates. Every resample takes one of the orders and draws
+    the prompts of `report`.
+    """
+    random = np.random.default_rng(seed)
+    n, places = len(fall), report.tail.n_positions.cpu().numpy()
+    found = [report.measure([[], select.candidates])]
+    for _ in tqdm(range(reselect), desc="select again", leave=False):
+        order = ranked(fall[torch.from_numpy(random.integers(n, size=n))], select)
+        found.append(report.measure([order[:size] for size in sizes]))
+    (ends_kl, ends_edit), *others = ([part.numpy() for part in pair] for pair in found)
+    counts, result = [0, *sizes, len(select.candidates)], []
+    for _ in range(resamples):
+        kl, edit = others[random.integers(reselect)]
+        draw = random.integers(len(places), size=len(places))
+        line = np.concatenate([ends_kl[:1], kl, ends_kl[1:]])[:, draw].mean(1)
+        length = np.concatenate([ends_edit[:1], edit, ends_edit[1:]])[:, draw].sum(1) / places[draw].sum()
+        result.append([needed(line, cost, line[0] / 2) for cost in (counts, length)])
+    return np.array(result)
