@@ -1,66 +1,112 @@
 """Figures of notebook 05. Same manner as `saelib.plotting`: data and axes in, axes out."""
 
+from collections.abc import Sequence
+
 import pandas as pd
 from matplotlib.axes import Axes
 
 from saelib.plotting import COLOURS, MARKERS, shades
 
+#: Tied dictionaries in blues by alpha, every other name with the colour of its kind.
+KINDS = {"standard": "standard", "TopK": "topk", "PCA": "pca", "random": "random", "default": "default", "tied": "tied"}
+PATCHED = "patched features (log scale from 1)"
 
-def styles(methods: pd.DataFrame) -> dict[str, dict]:
-    """Colour, marker and line of each row of `methods` (columns name, kind, alpha): tied in blues by alpha, PCA in orange."""
-    tied = methods[methods["kind"] == "tied"]
-    blues = shades(tied["alpha"]) if len(tied) else {}
-    return {
-        row["name"]: {
-            "color": blues[row["alpha"]] if row["kind"] == "tied" else COLOURS[row["kind"]],
-            "marker": MARKERS[row["kind"]],
-            "ls": "--" if "signs" in row["name"] else "-",
-        }
-        for _, row in methods.iterrows()
+
+def styles(names: Sequence[str]) -> dict[str, dict]:
+    """Colour, marker and line of each of `names`, whose first word says the kind: "tied α 0.001", "PCA signed"."""
+    blues = shades(names, "Blues", 0.35) | shades([name for name in names if name.startswith("tied α")], "Blues", 0.4)
+    kinds = {name: KINDS[name.split()[0]] for name in names}
+    look = {
+        name: {"color": blues[name] if kind == "tied" else COLOURS[kind], "marker": MARKERS[kind], "ls": "-"}
+        for name, kind in kinds.items()
     }
+    for name in names:
+        look[name] |= {"ls": "--"} if "negative" in name or " R " in name or name.endswith("α 0") else {}
+    return look
 
 
-def fig3_ioi(table: pd.DataFrame, look: dict[str, dict], axes: tuple[Axes, Axes]) -> tuple[Axes, Axes]:
-    """Paper Figure 3: mean KL against the number of patched features (left) and the size of the edit (right), a line per
-    name. `table` has name, features, edit, kl, low and high (95% bootstrap over prompts)."""
-    for axis, column in zip(axes, ("features", "edit"), strict=True):
-        for name, part in table.groupby("name", sort=False):
-            axis.plot(part[column], part["kl"], label=name, lw=1.2, ms=3, **look[name])
-            axis.fill_between(part[column], part["low"], part["high"], color=look[name]["color"], alpha=0.12, lw=0)
-        axis.set_ylim(bottom=0)
-    axes[0].set_xscale("symlog", linthresh=1)
-    axes[0].set(
-        xlabel="patched features (log scale from 1)", ylabel="KL(patched || counterfactual), nats", xlim=(0, None)
+def lines(table: pd.DataFrame, look: dict[str, dict], column: str, axes: Axes) -> Axes:
+    """Mean KL against `column` ("features" or "edit"), a line per name with its 95% band (columns kl, low, high)."""
+    for name, part in table.groupby("name", sort=False):
+        axes.plot(part[column], part["kl"], label=name, lw=1.2, ms=3, **look[name])
+        axes.fill_between(part[column], part["low"], part["high"], color=look[name]["color"], alpha=0.1, lw=0)
+    if column == "features":
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set_xticks([0, 1, 10, 100, 1000], ["0", "1", "10", "100", "1000"])
+    axes.set(
+        xlim=(0, None), ylim=(0, None), xlabel=PATCHED if column == "features" else "mean edit length, model units"
     )
-    axes[1].set(xlabel="mean edit length, model units", xlim=(0, None))
-    axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return axes
 
 
-def fig17_layers(table: pd.DataFrame, look: dict[str, dict], axes: list[Axes]) -> list[Axes]:
-    """Paper Figure 17: KL against the size of the edit, a panel per hook. `table` as for `fig3_ioi`, with hook."""
-    for axis, (hook, rows) in zip(axes, table.groupby("hook", sort=False), strict=True):
-        for name, part in rows.groupby("name", sort=False):
-            axis.plot(part["edit"], part["kl"], label=name, lw=1.2, ms=3, **look[name])
-        axis.set_title(f"layer {hook.split('.')[1]}", fontsize=8)
-        axis.set(xlabel="mean edit length", xlim=(0, None), ylim=(0, None))
-    axes[0].set_ylabel("KL, nats")
-    axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    return axes
+def legend(axes: Axes, columns: int = 4) -> None:
+    """One legend below all panels."""
+    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=7)
 
 
-def x_one_prompt(table: pd.DataFrame, names: tuple[str, str], axes: Axes) -> Axes:
+def fig3_ioi(table: pd.DataFrame, look: dict[str, dict], axes) -> None:
+    """Paper Figure 3: mean KL against the number of patched features (left) and the size of the edit (right); above on the
+    held-out prompts, below on those that selected the features. `table` has name, side, features, edit, kl, low, high."""
+    for row, (side, said) in zip(axes, {"report": "held-out", "select": "selection"}.items(), strict=True):
+        for axis, column in zip(row, ("features", "edit"), strict=True):
+            lines(table[table["side"] == side], look, column, axis)
+        row[0].set_ylabel(f"KL on {said} prompts, nats")
+    legend(axes[0][0])
+
+
+def fig17_layers(table: pd.DataFrame, look: dict[str, dict], axes) -> None:
+    """Paper Figure 17: KL against the number of features (above) and the size of the edit (below), a panel per hook.
+    `table` as for `fig3_ioi`, with hook, held-out prompts only."""
+    for column, (hook, part) in enumerate(table.groupby("hook", sort=False)):
+        for row, what in enumerate(("features", "edit")):
+            lines(part, look, what, axes[row][column])
+        axes[0][column].set_title(f"layer {hook.split('.')[1]}", fontsize=8)
+    for axis in axes.flat:
+        axis.set_xlabel("patched features" if axis in axes[0] else "mean edit length")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("KL, nats")
+    legend(axes[0][0])
+
+
+def x_quality(tables: dict[str, pd.DataFrame], axes: Sequence[Axes]) -> None:
+    """KL against the number of features for dictionaries of growing quality, a panel per entry of `tables` (title: curves
+    with name, features, kl, low, high), in shades from the smallest to the largest; "PCA signed" for comparison."""
+    for axis, (title, table) in zip(axes, tables.items(), strict=True):
+        names = list(dict.fromkeys(table["name"]))
+        graded = dict(zip(names, shades(range(len(names)), "Purples", 0.35).values(), strict=True))
+        look = {name: {"color": colour, "marker": "o"} for name, colour in graded.items()} | styles(["PCA signed"])
+        lines(table, look, "features", axis).set_title(title, fontsize=8)
+        axis.legend(fontsize=7)
+    axes[0].set_ylabel("KL on held-out prompts, nats")
+
+
+def x_pruning(pruned: pd.DataFrame, curves: pd.DataFrame, look: dict[str, dict], axes: tuple[Axes, Axes]) -> None:
+    """Pruning against attribution. Left: mean KL on held-out prompts, lines by attribution (`curves`), symbols the sets of
+    pruning (`pruned`: name, seed, features, kl). Right: share of each pruned set that attribution would take too (column
+    shared); dotted: by chance."""
+    lines(curves, look, "features", axes[0])
+    for name, part in pruned.groupby("name", sort=False):
+        axes[0].plot(part["features"], part["kl"], look[name]["marker"], color=look[name]["color"], mfc="none", ms=6)
+        axes[1].plot(
+            part["features"], part["shared"], look[name]["marker"], color=look[name]["color"], mfc="none", ms=6
+        )
+    chance = pruned[["features", "chance"]].sort_values("features")
+    axes[1].plot(chance["features"], chance["chance"], ":", color="#444444", label="by chance")
+    axes[0].set_ylabel("KL on held-out prompts, nats")
+    axes[1].set(
+        xlabel="features that pruning keeps", ylabel="share in attribution's set", xlim=(0, None), ylim=(0, 1.05)
+    )
+    axes[1].legend()
+    legend(axes[0])
+
+
+def x_one_prompt(table: pd.DataFrame, names: tuple[str, str], axes: Axes) -> None:
     """Logits of the base's and the counterfactual's name for one prompt as features are patched in order. `table` has
     features, base and counterfactual; `names` label the two."""
-    axes.plot(table["features"], table["base"], color="#555555", marker="o", label=f"{names[0]} (base)")
-    axes.plot(
-        table["features"],
-        table["counterfactual"],
-        color=COLOURS["tied"],
-        marker="s",
-        label=f"{names[1]} (counterfactual)",
-    )
+    looks = {"base": {"color": "#555555", "marker": "o"}, "counterfactual": {"color": COLOURS["tied"], "marker": "s"}}
+    for (side, look), name in zip(looks.items(), names, strict=True):
+        axes.plot(table["features"], table[side], label=f"{name} ({side})", **look)
     axes.set_xscale("symlog", linthresh=1)
-    axes.set(xlabel="patched features (log scale from 1)", ylabel="logit", xlim=(0, None))
+    axes.set_xticks([0, 1, 10, 100, 1000], ["0", "1", "10", "100", "1000"])
+    axes.set(xlabel=PATCHED, ylabel="logit", xlim=(0, None))
     axes.legend()
-    return axes
