@@ -25,11 +25,12 @@ def styles(names: Sequence[str]) -> dict[str, dict]:
     return look
 
 
-def lines(table: pd.DataFrame, look: dict[str, dict], column: str, axes: Axes) -> Axes:
-    """Mean KL against `column` ("features" or "edit"), a line per name with its 95% band (columns kl, low, high)."""
+def lines(table: pd.DataFrame, look: dict[str, dict], column: str, axes: Axes, banded=None) -> Axes:
+    """Mean KL against `column` ("features" or "edit"), a line per name, with its band (columns low, high) if in `banded`."""
     for name, part in table.groupby("name", sort=False):
         axes.plot(part[column], part["kl"], label=name, lw=1.2, ms=3, **look[name])
-        axes.fill_between(part[column], part["low"], part["high"], color=look[name]["color"], alpha=0.1, lw=0)
+        if banded is None or name in banded:
+            axes.fill_between(part[column], part["low"], part["high"], color=look[name]["color"], alpha=0.12, lw=0)
     if column == "features":
         axes.set_xscale("symlog", linthresh=1)
         axes.set_xticks([0, 1, 10, 100, 1000], ["0", "1", "10", "100", "1000"])
@@ -44,25 +45,27 @@ def legend(axes: Axes, columns: int = 4) -> None:
     axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=7)
 
 
-def fig3_ioi(table: pd.DataFrame, look: dict[str, dict], axes) -> None:
+def fig3_ioi(table: pd.DataFrame, look: dict[str, dict], axes, banded: Sequence[str]) -> None:
     """Paper Figure 3: mean KL against the number of patched features (left) and the size of the edit (right); above on the
     held-out prompts, below on those that selected the features. `table` has name, side, features, edit, kl, low, high."""
     for row, (side, said) in zip(axes, {"report": "held-out", "select": "selection"}.items(), strict=True):
         for axis, column in zip(row, ("features", "edit"), strict=True):
-            lines(table[table["side"] == side], look, column, axis)
+            lines(table[table["side"] == side], look, column, axis, banded)
         row[0].set_ylabel(f"KL on {said} prompts, nats")
     legend(axes[0][0])
 
 
-def fig17_layers(table: pd.DataFrame, look: dict[str, dict], axes) -> None:
+def fig17_layers(table: pd.DataFrame, look: dict[str, dict], axes, banded: Sequence[str]) -> None:
     """Paper Figure 17: KL against the number of features (above) and the size of the edit (below), a panel per hook.
     `table` as for `fig3_ioi`, with hook, held-out prompts only."""
     for column, (hook, part) in enumerate(table.groupby("hook", sort=False)):
         for row, what in enumerate(("features", "edit")):
-            lines(part, look, what, axes[row][column])
+            lines(part, look, what, axes[row][column], banded)
         axes[0][column].set_title(f"layer {hook.split('.')[1]}", fontsize=8)
     for axis in axes.flat:
         axis.set_xlabel("patched features" if axis in axes[0] else "mean edit length")
+    for axis in axes[0]:
+        axis.set_xticks([0, 10, 1000], ["0", "10", "1000"])
     for axis in axes[:, 0]:
         axis.set_ylabel("KL, nats")
     legend(axes[0][0])
@@ -80,23 +83,25 @@ def x_quality(tables: dict[str, pd.DataFrame], axes: Sequence[Axes]) -> None:
     axes[0].set_ylabel("KL on held-out prompts, nats")
 
 
-def x_pruning(pruned: pd.DataFrame, curves: pd.DataFrame, look: dict[str, dict], axes: tuple[Axes, Axes]) -> None:
-    """Pruning against attribution. Left: mean KL on held-out prompts, lines by attribution (`curves`), symbols the sets of
-    pruning (`pruned`: name, seed, features, kl). Right: share of each pruned set that attribution would take too (column
-    shared); dotted: by chance."""
-    lines(curves, look, "features", axes[0])
-    for name, part in pruned.groupby("name", sort=False):
-        axes[0].plot(part["features"], part["kl"], look[name]["marker"], color=look[name]["color"], mfc="none", ms=6)
-        axes[1].plot(
-            part["features"], part["shared"], look[name]["marker"], color=look[name]["color"], mfc="none", ms=6
-        )
-    chance = pruned[["features", "chance"]].sort_values("features")
-    axes[1].plot(chance["features"], chance["chance"], ":", color="#444444", label="by chance")
+def x_pruning(pruned: pd.DataFrame, curves: pd.DataFrame, look: dict[str, dict], axes: Sequence[Axes]) -> None:
+    """Pruning against attribution. Left and middle: KL on held-out prompts against features and edit, lines by attribution
+    (`curves`), symbols the sets of pruning (`pruned`: name, features, edit, kl). Right: share of each pruned set that
+    attribution would take too (column shared); dotted: by chance."""
+    panels = {"features": "kl", "edit": "kl", "shared": "shared"}
+    for axis, (column, height) in zip(axes, panels.items(), strict=True):
+        if height == "kl":
+            lines(curves, look, column, axis).set_xlabel(
+                "patched features" if column == "features" else "mean edit length"
+            )
+        for name, part in pruned.groupby("name", sort=False):
+            style = {"color": look[name]["color"], "mfc": "none", "ms": 6}
+            axis.plot(part[column if height == "kl" else "features"], part[height], look[name]["marker"], **style)
+    for _, part in pruned.sort_values("features").groupby("name"):
+        axes[2].plot(part["features"], part["chance"], ":", color=look[part["name"].iloc[0]]["color"])
     axes[0].set_ylabel("KL on held-out prompts, nats")
-    axes[1].set(
+    axes[2].set(
         xlabel="features that pruning keeps", ylabel="share in attribution's set", xlim=(0, None), ylim=(0, 1.05)
     )
-    axes[1].legend()
     legend(axes[0])
 
 

@@ -43,10 +43,11 @@ def prune(
     *,
     seed: int = 0,
     block: int = 1,
+    patience: float = float("inf"),
     path: Path | None = None,
     spec: dict | None = None,
 ) -> list[dict]:
-    """Nested sets of features by threshold pruning; returns ``{threshold, features, kl, evaluations}`` for each threshold.
+    """Nested sets of features by threshold pruning; ``{threshold, features, kl, rises, evaluations}`` for each threshold.
 
     Begin with all of `start` patched. For each threshold, smallest first, visit what is left in a new random order: a feature
     goes if the KL rises by less than the threshold over the running KL; it never comes back, and the running KL is updated
@@ -57,21 +58,31 @@ def prune(
     evaluate : KL of a set of features (`Patch.mean_kl`).
     block : features that are tried together: they go at once if they raise the KL by less than the threshold all together;
         if not, each half is tried, down to single features. 1 is the code's rule, larger blocks are stricter and cheaper.
+    patience : a feature that by itself raised the KL by more than `patience` times the threshold when it was last tried is
+        not tried again at that threshold. Infinite is the code's rule; 2 saves most of the work of many thresholds.
     path : a .json that is written after each threshold, with `spec`, all that `evaluate` depends on (`Patch.spec`). A killed
         run goes on with the next threshold and ends with the same bytes; a file made with anything else is not used.
     """
     if path and not spec:
         raise ValueError("sets are only kept together with what they depend on: give `spec`, for example Patch.spec")
     start, thresholds = [int(one) for one in start], sorted(map(float, thresholds))
-    spec = (spec or {}) | {"start": start, "thresholds": thresholds, "seed": seed, "block": block}
+    spec = (spec or {}) | {
+        "start": start,
+        "thresholds": thresholds,
+        "seed": seed,
+        "block": block,
+        "patience": str(patience),
+    }
     stored = files.read_json(path) if path and path.exists() else {}
     found = stored["found"] if stored.get("spec") == spec else []
     kept, running = (found[-1]["features"], found[-1]["kl"]) if found else (start, None)
+    rises = dict(zip(kept, found[-1]["rises"], strict=True)) if found else dict.fromkeys(start, 0.0)
     bar = tqdm(total=len(thresholds), initial=len(found), desc="prune", unit="threshold", leave=False)
     for number in range(len(found), len(thresholds)):
         running, evaluations = (evaluate(kept), 1) if running is None else (running, 0)
         generator = torch.Generator().manual_seed(seed * len(thresholds) + number)
         order = torch.tensor(kept, dtype=torch.long)[torch.randperm(len(kept), generator=generator)].tolist()
+        order = [one for one in order if rises[one] <= patience * thresholds[number]]
         waiting = [order[first : first + block] for first in range(0, len(order), block)][::-1]
         while waiting:
             bar.set_postfix_str(f"{len(kept)} left, KL {running:.3f}")
@@ -83,7 +94,10 @@ def prune(
             elif len(trial) > 1:
                 middle = len(trial) // 2
                 waiting += [trial[middle:], trial[:middle]]
-        found.append({"threshold": thresholds[number], "features": kept, "kl": running, "evaluations": evaluations})
+            else:
+                rises[trial[0]] = kl - running
+        result = {"threshold": thresholds[number], "features": kept, "kl": running, "evaluations": evaluations}
+        found.append(result | {"rises": [rises[one] for one in kept]})
         bar.update()
         if path:
             files.write_json(path, {"spec": spec, "found": found})

@@ -228,6 +228,15 @@ def test_blocks_save_evaluations():
     assert counts[1] <= 1 + 4 + 2 * 5
 
 
+def test_patience_saves_evaluations_and_loses_nothing_where_rises_do_not_change():
+    weights = {number: 10.0 ** (-number / 10) for number in range(40)}
+    thresholds = [1e-3 * 2**power for power in range(10)]
+    every, few = (selection.prune(additive(weights), range(40), thresholds, patience=p) for p in (float("inf"), 2.0))
+    assert [one["features"] for one in every] == [one["features"] for one in few]
+    spent = [sum(one["evaluations"] for one in found) for found in (every, few)]
+    assert spent[1] < spent[0] / 2
+
+
 PRUNING = """
 import sys, time
 from pathlib import Path
@@ -238,7 +247,7 @@ def evaluate(chosen):
     return sum((number * 37 % 101 / 101) ** 4 for number in range(40) if number not in chosen)
 
 spec = {"dictionary": sys.argv[3]}
-selection.prune(evaluate, range(40), [1e-4, 1e-2, 0.1, 1.0], seed=5, path=Path(sys.argv[1]), spec=spec)
+selection.prune(evaluate, range(40), [1e-4, 1e-2, 0.1, 1.0], seed=5, patience=20, path=Path(sys.argv[1]), spec=spec)
 """
 
 
