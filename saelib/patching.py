@@ -103,12 +103,10 @@ class Tail:
         self.change = columns[kept:] >= prompts.first.to(device)[:, None]
         self.n_positions = real.sum(1) - 1
         self.logits = self.run(self.x[None])[0]
-        self.logits_counterfactual = self.run(self._only_changes(self.x_counterfactual - self.x)[None])[0]
+        changed = self.x + (self.x_counterfactual - self.x) * self.change[..., None]
+        self.logits_counterfactual = self.run(changed[None])[0]
         self.target = self.logits_counterfactual.log_softmax(-1)
         self.kl_base = self._kl(self.logits)
-
-    def _only_changes(self, difference: Tensor) -> Tensor:
-        return self.x + difference * self.change[..., None]
 
     def run(self, x: Tensor) -> Tensor:
         """Logits [m, n, vocab], float32, at the last position for `m` versions of the stream, ``x`` [m, n, pos, d]."""

@@ -79,7 +79,7 @@ def x_quality(tables: dict[str, pd.DataFrame], axes: Sequence[Axes]) -> None:
         graded = dict(zip(names, shades(range(len(names)), "Purples", 0.35).values(), strict=True))
         look = {name: {"color": colour, "marker": "o"} for name, colour in graded.items()} | styles(["PCA signed"])
         lines(table, look, "features", axis).set_title(title, fontsize=8)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="lower left")
     axes[0].set_ylabel("KL on held-out prompts, nats")
 
 

@@ -145,17 +145,18 @@ def needed_again(
     those that report. Equal seeds draw equal prompts, so that two dictionaries can be compared draw by draw.
 
     `reselect` times the prompts of `select` are drawn with replacement and the features ranked by `fall` on them; each
-    order is measured on all of `report` at `sizes` and with all candidates. Every resample takes one of the orders and draws
-    the prompts of `report`.
+    order is measured on all of `report` at `sizes`, and so is the patch of all candidates. Every resample takes one of the
+    orders and draws the prompts of `report`.
     """
     random = np.random.default_rng(seed)
     n, places = len(fall), report.tail.n_positions.cpu().numpy()
-    found = [report.measure([[], select.candidates])]
+    sizes = [size for size in sizes if size < len(select.candidates)]
+    found = [report.measure([[], report.candidates])]
     for _ in tqdm(range(reselect), desc="select again", leave=False):
         order = ranked(fall[torch.from_numpy(random.integers(n, size=n))], select)
         found.append(report.measure([order[:size] for size in sizes]))
     (ends_kl, ends_edit), *others = ([part.numpy() for part in pair] for pair in found)
-    counts, result = [0, *sizes, len(select.candidates)], []
+    counts, result = [0, *sizes, len(report.candidates)], []
     for _ in range(resamples):
         kl, edit = others[random.integers(reselect)]
         draw = random.integers(len(places), size=len(places))

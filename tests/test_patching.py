@@ -319,6 +319,11 @@ def test_needed_by_hand():
     assert selection.needed([1, 0], [0, 1], 2) == 0
 
 
+def test_a_model_that_fails_the_task_is_named(tail, prompts):
+    said = ioi.failing(ioi.solves(tail.logits, prompts), 0.7)  # a random model
+    assert "the model names the indirect object in" in said and "not in 70%: no conclusion is drawn" in said
+
+
 def test_a_dictionary_of_another_width_is_refused(tail):
     with pytest.raises(patching.PatchError, match=r"'mine' has width 48, but blocks\.0\.hook_resid_post .* has 32"):
         patching.patch(tail, TiedSAE(8, 48), "mine")
