@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from saelib.fragments import N_RANDOM, Record, as_integers
+from saelib.metrics import bootstrap_ratio
 
 PARTS = ("both", "top", "random")  # the ten scored fragments together, the five of the top twenty, the five random ones
 
@@ -162,8 +163,7 @@ def mean_interval(values, *, resamples: int = 2000, seed: int = 0) -> tuple[floa
     values = values[~np.isnan(values)]
     if len(values) == 0:
         return (float("nan"),) * 3
-    means = values[np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))].mean(1)
-    return float(values.mean()), *map(float, np.quantile(means, [0.025, 0.975]))
+    return float(values.mean()), *bootstrap_ratio(values, np.ones_like(values), resamples=resamples, seed=seed)
 
 
 def difference_interval(a, b, *, paired: bool = False, resamples: int = 2000, seed: int = 0):

@@ -145,12 +145,3 @@ def as_integers(activations: Tensor, top: int = 10) -> Tensor:
     interpret.py of its code). Unknown (NaN) becomes 0, as does everything where nothing is above 0."""
     positive = activations.nan_to_num(0.0).relu()
     return (top * positive / positive.max().clamp(min=1e-30)).floor().clamp(max=top).long()
-
-
-def moments(code: Tensor) -> tuple[Tensor, Tensor]:
-    """Skew and kurtosis (not excess) [features] of codes [n, length, features] over all known tokens (Table 2)."""
-    flat = code.flatten(0, 1).double()
-    centred = (flat - flat.nanmean(0)).nan_to_num(0.0)
-    n = (~flat.isnan()).sum(0)
-    second, third, fourth = (centred.pow(power).sum(0) / n for power in (2, 3, 4))
-    return third / second.pow(1.5), fourth / second.square()

@@ -3,7 +3,7 @@
 Where 5% of a code is active, four of the five matrix products of a step are 95% multiplications by zero. These kernels
 visit active entries only, in float32, and end with Adam's update while a feature's row is still in the cache. Every
 output is written by one thread, so the result does not depend on the number of threads. Equal to `losses.hand_gradient`
-followed by ``torch.optim.Adam`` (tests/test_kernels.py); timed by tests/benchmarks/bench_step.py.
+followed by ``torch.optim.Adam`` (tests/test_steps.py); timed by tests/benchmarks/bench_step.py.
 """
 
 import numba

@@ -22,7 +22,9 @@ def sae_loss(x: Tensor, x_hat: Tensor, code: Tensor, alpha: float) -> tuple[Tens
     return error + alpha * sparsity, error, sparsity
 
 
-def hand_gradient(dictionary: Dictionary, x: Tensor, alpha: float, dtype: torch.dtype) -> dict[str, Tensor]:
+def hand_gradient(
+    dictionary: Dictionary, x: Tensor, alpha: float, dtype: torch.dtype, before: Tensor | None = None
+) -> dict[str, Tensor]:
     """Set ``.grad`` of the parameters of any of our autoencoders to the gradient of `sae_loss`.
 
     With y = x - decoder bias (where there is one), residual r = 2 (x_hat - x) / (batch * d) = 2 (D^T c - y) / (batch * d)
@@ -31,8 +33,9 @@ def hand_gradient(dictionary: Dictionary, x: Tensor, alpha: float, dtype: torch.
         grad D = c^T r,   grad E = g^T y,   grad b = sum of g over the batch,   grad decoder bias = sum of (r - g E)
 
     and for a matrix of unit rows M = W / ||W|| the chain rule gives (grad M - (grad M . M) M) / ||W||. Tied: D = E = M.
-    Products run in `dtype`, sums over the weights in the weights' own. `x` [batch, d] is standardised. Returns ``error``
-    (0-d) and ``code`` [batch, n_features]. Equal to autograd (tests/test_losses.py); timed by tests/benchmarks/bench_step.py.
+    Products run in `dtype`, sums over the weights in the weights' own. `x` [batch, d] is standardised. `before`
+    [batch, n_features], where it is known already, is E y + b; it is overwritten. Returns ``error`` (0-d) and ``code``
+    [batch, n_features]. Equal to autograd (tests/test_losses.py); timed by tests/benchmarks/bench_step.py.
     """
     tied, offset = dictionary.kind == "tied", getattr(dictionary, "decoder_bias", None)
     batch, d = x.shape
@@ -40,9 +43,11 @@ def hand_gradient(dictionary: Dictionary, x: Tensor, alpha: float, dtype: torch.
     norm = free.detach().norm(dim=1, keepdim=True).clamp(min=1e-8)
     rows = free.detach() / norm
     decoder = rows.to(dtype)
-    encoder = decoder if tied else dictionary.weight.detach().to(dtype)
     x = (x if offset is None else x - offset.detach()).to(dtype)
-    code = torch.addmm(dictionary.bias.detach().to(dtype), x, encoder.T).relu_()
+    if before is None:
+        encoder = decoder if tied else dictionary.weight.detach().to(dtype)
+        before = torch.addmm(dictionary.bias.detach().to(dtype), x, encoder.T)
+    code = before.relu_()
     if dictionary.kind == "topk":
         code = keep_largest(code, int(dictionary.k))
     residual = torch.addmm(x, code, decoder, beta=-1)

@@ -15,6 +15,7 @@ BOUNDS = """
   near the paper: {near: 2.0, rel: 0.1}
   in the band: {between: [0.1, 0.2]}
   order of methods: {at_least: 0.8, missed: 0.7 in every seed}
+  on the bound: {at_most: 0.2, missed: 0.195 to 0.205 over runs, narrow: true}
 """
 
 
@@ -59,11 +60,20 @@ def test_failures_are_raised_together_at_the_end_with_their_values(claims, capsy
     )
 
 
-def test_a_recorded_miss_is_printed_as_one_and_does_not_raise(claims, capsys):
-    for value in (0.9, 0.1):
-        claims.expect("order of methods", value)
+def test_a_recorded_miss_is_printed_as_one_and_raises_only_once_it_holds(claims, capsys):
+    claims.expect("order of methods", 0.1)
     claims.done()
+    claims.expect("order of methods", 0.9)
     assert capsys.readouterr().out == 2 * "known miss  order of methods: at least 0.8\n"
+    with pytest.raises(checks.ClaimFailed, match="order of methods: a known miss holds now"):
+        claims.done()
+
+
+def test_a_miss_on_the_bound_never_raises(claims, capsys):
+    for value in (0.195, 0.205):
+        claims.expect("on the bound", value)
+    claims.done()
+    assert capsys.readouterr().out == 2 * "known miss  on the bound: at most 0.2\n"
 
 
 def test_a_claim_without_a_bound_is_refused_with_the_known(claims):

@@ -107,14 +107,3 @@ def test_integers_shown_to_the_explainer():
     shown = fragments.as_integers(torch.tensor([[-3.0, 0.0, 0.39], [2.0, 4.0, float("nan")]]))
     assert shown.tolist() == [[0, 0, 0], [5, 10, 0]]
     assert fragments.as_integers(torch.full((2, 2), -1.0)).tolist() == [[0, 0], [0, 0]]
-
-
-def test_moments_are_those_of_scipy_and_leave_out_what_is_not_known():
-    from scipy import stats
-
-    code = torch.rand(30, 4, 2, generator=torch.Generator().manual_seed(0)) ** 3
-    code[3, 1] = torch.nan
-    skew, kurtosis = fragments.moments(code)
-    flat = code.flatten(0, 1).double().numpy()
-    assert skew.tolist() == pytest.approx(stats.skew(flat, nan_policy="omit").tolist())
-    assert kurtosis.tolist() == pytest.approx(stats.kurtosis(flat, fisher=False, nan_policy="omit").tolist())

@@ -53,7 +53,9 @@ def test_title_and_headings_are_those_of_the_template_in_order(path):
 
 @every
 def test_cells_are_short(path):
-    lengths = [len(cell.source.splitlines()) for cell in code_cells(path)]
+    """The list of parameters may be longer."""
+    code = code_cells(path)
+    lengths = [len(cell.source.splitlines()) for cell in code if "parameters" not in cell.metadata.get("tags", [])]
     assert max(lengths) <= 25
     assert statistics.median(lengths) <= 7
 

@@ -41,7 +41,7 @@ def dense(dictionary, optimiser, x, dtype):
 def test_several_sparse_steps_equal_dense_gradient_and_adam(kind):
     (sparse, mine), (other, theirs), x = pair(kind)
     for _ in range(5):
-        found = steps._sparse_step(sparse, mine, x, ALPHA, torch.float32)
+        found = steps._sparse_step(sparse, mine, x, ALPHA, torch.float32)[0]
         expected = dense(other, theirs, x, torch.float32)
         assert 0.02 < found["l0"] / 96 < 0.3
         assert found["error"].item() == pytest.approx(expected["error"].item(), rel=1e-5)
@@ -59,7 +59,7 @@ def test_several_sparse_steps_equal_dense_gradient_and_adam(kind):
 def test_in_bfloat16_only_rounding_differs(kind):
     (sparse, mine), (other, _), x = pair(kind)
     start = {name: value.detach().clone() for name, value in sparse.named_parameters()}
-    found = steps._sparse_step(sparse, mine, x, ALPHA, torch.bfloat16)
+    found = steps._sparse_step(sparse, mine, x, ALPHA, torch.bfloat16)[0]
     expected = steps.hand_gradient(other, x, ALPHA, torch.float32)
     assert found["error"].item() == pytest.approx(expected["error"].item(), rel=1e-2)
     for name, value in sparse.named_parameters():
@@ -107,7 +107,7 @@ def test_a_dense_code_is_left_to_the_dense_step_and_a_sparse_one_is_not(monkeypa
 def test_a_batch_that_is_not_finite_shows_in_the_error():
     (one, optimiser), _, x = pair("tied")
     x[3, 4] = float("nan")
-    assert not torch.isfinite(steps._sparse_step(one, optimiser, x, ALPHA, torch.float32)["error"])
+    assert not torch.isfinite(steps._sparse_step(one, optimiser, x, ALPHA, torch.float32)[0]["error"])
 
 
 def test_no_active_feature_at_all():
@@ -125,7 +125,7 @@ from saelib import dictionaries, steps
 torch.set_num_threads(1)
 made = dictionaries.TiedSAE(8, 4)
 made.bias.data.fill_(-2.0)
-assert steps._sparse_step(made, steps.adam(made, 1e-3), torch.randn(16, 4), 1e-3, torch.float32) is not None
+assert steps._sparse_step(made, steps.adam(made, 1e-3), torch.randn(16, 4), 1e-3, torch.float32)[0]
 print(torch.get_num_threads())
 """
     environment = os.environ | {"NUMBA_NUM_THREADS": "2"}
