@@ -83,26 +83,30 @@ def x_quality(tables: dict[str, pd.DataFrame], axes: Sequence[Axes]) -> None:
     axes[0].set_ylabel("KL on held-out prompts, nats")
 
 
-def x_pruning(pruned: pd.DataFrame, curves: pd.DataFrame, look: dict[str, dict], axes: Sequence[Axes]) -> None:
-    """Pruning against attribution. Left and middle: KL on held-out prompts against features and edit, lines by attribution
-    (`curves`), symbols the sets of pruning (`pruned`: name, features, edit, kl). Right: share of each pruned set that
-    attribution would take too (column shared); dotted: by chance."""
-    panels = {"features": "kl", "edit": "kl", "shared": "shared"}
-    for axis, (column, height) in zip(axes, panels.items(), strict=True):
-        if height == "kl":
-            lines(curves, look, column, axis).set_xlabel(
-                "patched features" if column == "features" else "mean edit length"
-            )
-        for name, part in pruned.groupby("name", sort=False):
-            style = {"color": look[name]["color"], "mfc": "none", "ms": 6}
-            axis.plot(part[column if height == "kl" else "features"], part[height], look[name]["marker"], **style)
-    for _, part in pruned.sort_values("features").groupby("name"):
-        axes[2].plot(part["features"], part["chance"], ":", color=look[part["name"].iloc[0]]["color"])
-    axes[0].set_ylabel("KL on held-out prompts, nats")
-    axes[2].set(
-        xlabel="features that pruning keeps", ylabel="share in attribution's set", xlim=(0, None), ylim=(0, 1.05)
-    )
-    legend(axes[0])
+def x_pruning(pruned: pd.DataFrame, curves: pd.DataFrame, look: dict[str, dict], axes) -> None:
+    """Pruning against attribution. KL on the selecting (above) and held-out (below) prompts against features and edit: lines
+    by attribution (`curves`), open symbols the sets of pruning (`pruned`: name, side, features, edit, kl). Right: share of
+    each set that attribution would take too (column shared; dotted: chance) and KL over attribution's (column gain)."""
+
+    def dots(axis, part, x, y):
+        for name, own in part.groupby("name", sort=False):
+            axis.plot(own[x], own[y], look[name]["marker"], color=look[name]["color"], mfc="none", ms=6)
+
+    for row, side in zip(axes, ("select", "report"), strict=True):
+        part = pruned[pruned["side"] == side]
+        for axis, column in zip(row, ("features", "edit"), strict=False):
+            lines(curves[curves["side"] == side], look, column, axis, banded=[]).set_xscale("linear")
+            dots(axis, part, column, "kl")
+            axis.set(xlim=(0, 2.5 * part[column].max()), ylim=(0.85 * part["kl"].min(), None))
+            axis.set_xlabel("patched features" if column == "features" else "mean edit length")
+        row[0].set_ylabel(f"KL on {'held-out' if side == 'report' else 'selection'} prompts, nats")
+        dots(row[2], part, "features", "shared" if side == "select" else "gain")
+        row[2].set(xlabel="features that pruning keeps", xlim=(0, None))
+    for name, own in pruned.sort_values("features").groupby("name"):
+        axes[0][2].plot(own["features"], own["chance"], ":", color=look[name]["color"])
+    axes[0][2].set(ylabel="share in attribution's set", ylim=(0, 1.05))
+    axes[1][2].set(ylabel="KL over attribution's")
+    legend(axes[0][0])
 
 
 def x_one_prompt(table: pd.DataFrame, names: tuple[str, str], axes: Axes) -> None:
