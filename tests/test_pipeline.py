@@ -14,7 +14,7 @@ import pytest
 from saelib.paths import RAW, ROOT
 
 pytestmark = pytest.mark.pipeline
-STEMS = ["00_overview", "01_collect_activations", "02_train_dictionaries", "03_baselines", "04_autointerp"]
+STEMS = ["00_overview", "01_collect_activations", "02_train_dictionaries", "03_baselines", "04_autointerp", "05_ioi"]
 
 
 def command_line(data: Path, profile: str, *extra: str) -> dict:
@@ -83,6 +83,17 @@ def test_smoke_makes_executed_notebooks_metrics_and_figures(smoke):
     assert not (smoke / "runs/smoke/notebooks/02_train_dictionaries.failed.ipynb").exists()
 
 
+def test_a_model_that_fails_the_task_gets_no_verdict(smoke):
+    """Of the two selecting prompts of the smoke profile the model solves one, below the floor."""
+    record = json.loads((smoke / "runs/smoke/metrics/05_ioi.json").read_text())
+    assert record["stop"].startswith("the model names the indirect object in 50% of the prompts, not in 70%")
+    assert {row["verdict"] for row in record["found"]} | {row["rule"] for row in record["ratios"]} == {record["stop"]}
+    cells = nbformat.read(smoke / "runs/smoke/notebooks/05_ioi.ipynb", as_version=4).cells
+    (claims,) = (cell for cell in cells if cell.cell_type == "code" and "claims.done()" in cell.source)
+    printed = claims.outputs[0]["text"]
+    assert record["stop"] in printed and "G:" not in printed
+
+
 def test_a_second_run_does_nothing(smoke):
     before = modified(smoke)
     log = snakemake(smoke)
@@ -97,7 +108,7 @@ def test_a_changed_parameter_reruns_what_depends_on_it_and_nothing_else(smoke, t
     log = snakemake(smoke, f"profiles={tmp_path}")
     assert log.startswith("exit 0"), log[-4000:]
     after = modified(smoke)
-    assert {stem for stem in STEMS if after[stem] != before[stem]} == set(STEMS[2:])  # 03 and 04 need 02
+    assert {stem for stem in STEMS if after[stem] != before[stem]} == set(STEMS[2:])  # 03, 04 and 05 need 02
 
 
 def test_an_unknown_profile_stops_before_anything_runs(smoke):

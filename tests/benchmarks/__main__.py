@@ -7,6 +7,6 @@ import subprocess
 import sys
 
 if __name__ == "__main__":
-    for name in ("import", "step", "harvest", "memory"):
+    for name in ("import", "step", "harvest", "patch", "memory"):
         print(f"\n{name}", flush=True)
         subprocess.run([sys.executable, "-m", f"tests.benchmarks.bench_{name}"], check=True)
