@@ -64,11 +64,13 @@ def joined(outputs: list) -> list:
 
 
 def last_state(output):
-    """What a terminal would show of a stream after all carriage returns; None for nothing."""
+    """What a terminal would show of a stream after all carriage returns, without bars that did not end; None for nothing."""
     if output.output_type != "stream":
         return output
     lines = [re.sub(r"\s+$", "", line.rstrip("\r").rpartition("\r")[2]) for line in output.text.split("\n")]
-    output.text = "\n".join(lines) if output.name == "stdout" else "\n".join(filter(None, lines))
+    if output.name != "stdout":  # one bar below another moves the cursor, and leaves both half way
+        lines = [line for line in lines if line and "\x1b[A" not in line and not re.search(r"\b\d?\d%\|", line)]
+    output.text = "\n".join(lines)
     return output if output.text.strip() else None
 
 
