@@ -23,7 +23,7 @@ def sae_loss(x: Tensor, x_hat: Tensor, code: Tensor, alpha: float) -> tuple[Tens
 
 
 def hand_gradient(
-    dictionary: Dictionary, x: Tensor, alpha: float, dtype: torch.dtype, before: Tensor | None = None
+    dictionary: Dictionary, x: Tensor, alpha: float, dtype: torch.dtype, pre_activation: Tensor | None = None
 ) -> dict[str, Tensor]:
     """Set ``.grad`` of the parameters of any of our autoencoders to the gradient of `sae_loss`.
 
@@ -33,7 +33,7 @@ def hand_gradient(
         grad D = c^T r,   grad E = g^T y,   grad b = sum of g over the batch,   grad decoder bias = sum of (r - g E)
 
     and for a matrix of unit rows M = W / ||W|| the chain rule gives (grad M - (grad M . M) M) / ||W||. Tied: D = E = M.
-    Products run in `dtype`, sums over the weights in the weights' own. `x` [batch, d] is standardised. `before`
+    Products run in `dtype`, sums over the weights in the weights' own. `x` [batch, d] is standardised. `pre_activation`
     [batch, n_features], where it is known already, is E y + b; it is overwritten. Returns ``error`` (0-d) and ``code``
     [batch, n_features]. Equal to autograd (tests/test_losses.py); timed by tests/benchmarks/bench_step.py.
     """
@@ -44,10 +44,10 @@ def hand_gradient(
     rows = free.detach() / norm
     decoder = rows.to(dtype)
     x = (x if offset is None else x - offset.detach()).to(dtype)
-    if before is None:
+    if pre_activation is None:
         encoder = decoder if tied else dictionary.weight.detach().to(dtype)
-        before = torch.addmm(dictionary.bias.detach().to(dtype), x, encoder.T)
-    code = before.relu_()
+        pre_activation = torch.addmm(dictionary.bias.detach().to(dtype), x, encoder.T)
+    code = pre_activation.relu_()
     if dictionary.kind == "topk":
         code = keep_largest(code, int(dictionary.k))
     residual = torch.addmm(x, code, decoder, beta=-1)

@@ -156,7 +156,7 @@ def bare_forward(
     model.to(device).eval()
     if alter:
         alter(model)
-    adapter = _adapter(name, config, raw)
+    adapter = adapter_of(name, config, raw)
     listener: list[Take] = []
 
     def at(hook: str, what: str):
@@ -189,7 +189,7 @@ def _module_behind(adapter, model, layer: int, site: str):
     return adapter.get_component(model, f"blocks.{layer}{path}"), what
 
 
-def _adapter(name: str, config, raw: Path):
+def adapter_of(name: str, config, raw: Path):
     """TransformerLens' adapter for this architecture (it knows the module behind each hook), from a bridge without weights."""
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoModelForCausalLM

@@ -48,7 +48,7 @@ def load(
     model = model.to(device).eval().requires_grad_(False)
     # a slice of the last position is not contiguous, for which the unembedding would be done prompt by prompt
     model.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(),))
-    adapter = models._adapter(name, model.config, models.RAW)
+    adapter = models.adapter_of(name, model.config, models.RAW)
     blocks = [adapter.get_component(model, f"blocks.{number}") for number in range(model.config.num_hidden_layers)]
     return LanguageModel(name, model, blocks)
 

@@ -32,12 +32,17 @@ def lines(table: pd.DataFrame, look: dict[str, dict], column: str, axes: Axes, b
         if banded is None or name in banded:
             axes.fill_between(part[column], part["low"], part["high"], color=look[name]["color"], alpha=0.12, lw=0)
     if column == "features":
-        axes.set_xscale("symlog", linthresh=1)
-        axes.set_xticks([0, 1, 10, 100, 1000], ["0", "1", "10", "100", "1000"])
+        log_from_one(axes)
     axes.set(
         xlim=(0, None), ylim=(0, None), xlabel=PATCHED if column == "features" else "mean edit length, model units"
     )
     return axes
+
+
+def log_from_one(axes: Axes) -> None:
+    """Horizontal axis of counts: logarithmic from 1, with 0 beside it."""
+    axes.set_xscale("symlog", linthresh=1)
+    axes.set_xticks([0, 1, 10, 100, 1000], ["0", "1", "10", "100", "1000"])
 
 
 def legend(axes: Axes, columns: int = 4) -> None:
@@ -115,7 +120,6 @@ def x_one_prompt(table: pd.DataFrame, names: tuple[str, str], axes: Axes) -> Non
     looks = {"base": {"color": "#555555", "marker": "o"}, "counterfactual": {"color": COLOURS["tied"], "marker": "s"}}
     for (side, look), name in zip(looks.items(), names, strict=True):
         axes.plot(table["features"], table[side], label=f"{name} ({side})", **look)
-    axes.set_xscale("symlog", linthresh=1)
-    axes.set_xticks([0, 1, 10, 100, 1000], ["0", "1", "10", "100", "1000"])
+    log_from_one(axes)
     axes.set(xlabel=PATCHED, ylabel="logit", xlim=(0, None))
     axes.legend()

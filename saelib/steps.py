@@ -31,12 +31,12 @@ def step(
     the share of active entries alone, so a resumed run takes the same.
     """
     optimiser.param_groups[0]["lr"] = lr
-    before = None
+    pre_activation = None
     if x.device.type == "cpu" and x.dtype == torch.float32 and dtype in LAYOUT:
-        found, before = _sparse_step(dictionary, optimiser, x, alpha, dtype)
-        if found:
+        found, pre_activation = _sparse_step(dictionary, optimiser, x, alpha, dtype)
+        if found is not None:
             return found
-    found = hand_gradient(dictionary, x, alpha, dtype, before)
+    found = hand_gradient(dictionary, x, alpha, dtype, pre_activation)
     optimiser.step()
     code = found["code"]
     return {
@@ -46,11 +46,8 @@ def step(
     }
 
 
-def _sparse_step(dictionary, optimiser, x: Tensor, alpha: float, dtype: torch.dtype) -> tuple[dict, Tensor]:
-    """The step by `kernels`, and the code before the ReLU.
-
-    Where more than `DENSE_ABOVE` of the entries are active nothing is changed, and the dictionary returned is empty.
-    """
+def _sparse_step(dictionary, optimiser, x: Tensor, alpha: float, dtype: torch.dtype) -> tuple[dict | None, Tensor]:
+    """The step by `kernels`, and the pre-activations; None, with nothing changed, where more than `DENSE_ABOVE` are active."""
     from saelib import kernels  # numba takes a second to import, and a GPU does without
 
     threads = torch.get_num_threads()
@@ -65,17 +62,17 @@ def _sparse_step(dictionary, optimiser, x: Tensor, alpha: float, dtype: torch.dt
     inverse, low = np.empty(n_features, np.float32), torch.empty(n_features, d, dtype=dtype)
     half = dtype == torch.bfloat16
     kernels.prepare(decoder[0], encoder[0], tied, inverse, (low.view(torch.int16) if half else low).numpy())
-    before = torch.addmm(dictionary.bias.detach().to(dtype), x.to(dtype), low.T)
+    pre_activation = torch.addmm(dictionary.bias.detach().to(dtype), x.to(dtype), low.T)
 
     offsets, (bits, lowest, shift) = np.zeros(batch + 1, np.int64), LAYOUT[dtype]
-    bits = before.view(bits).numpy()
+    bits = pre_activation.view(bits).numpy()
     if dictionary.kind == "topk":
         smallest = np.empty(batch, bits.dtype)
         kernels.count_largest(bits, int(dictionary.k), offsets, smallest)
     else:
         kernels.count_active(bits, lowest, offsets)
         if offsets[-1] > DENSE_ABOVE * bits.size:
-            return {}, before
+            return None, pre_activation
     columns, code = np.empty(offsets[-1], np.int32), np.empty(offsets[-1], np.float32)
     if dictionary.kind == "topk":
         kernels.gather_largest(bits, smallest, shift, offsets, columns, code.view(np.int32))
@@ -108,7 +105,7 @@ def _sparse_step(dictionary, optimiser, x: Tensor, alpha: float, dtype: torch.dt
         weights, *moments = _row(offset, optimiser)
         kernels.adam(weights, to_offset, *moments, *settings)
     found = {"error": torch.tensor(errors.sum() / (batch * d)), "l0": len(code) / batch, "sparsity": code.sum() / batch}
-    return found, before
+    return found, pre_activation
 
 
 def _row(parameter: Tensor, optimiser) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -118,7 +118,7 @@ def train(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     evaluations_per_pass: int = 1,
-    checkpoint_every: int = 500,
+    checkpoint_every: int = 1000,
     announce: Callable[[str], None] = print,
     position: str = "",
 ) -> tuple[Dictionary, dict]:

@@ -53,9 +53,7 @@ def test_title_and_headings_are_those_of_the_template_in_order(path):
 
 @every
 def test_cells_are_short(path):
-    """The list of parameters may be longer."""
-    code = code_cells(path)
-    lengths = [len(cell.source.splitlines()) for cell in code if "parameters" not in cell.metadata.get("tags", [])]
+    lengths = [len(cell.source.splitlines()) for cell in code_cells(path)]
     assert max(lengths) <= 25
     assert statistics.median(lengths) <= 7
 

@@ -104,6 +104,18 @@ def test_a_dense_code_is_left_to_the_dense_step_and_a_sparse_one_is_not(monkeypa
         assert optimiser.state[one.weight]["step"] == 1 and not torch.equal(one.weight, before)
 
 
+@pytest.mark.parametrize("kind", ["tied", "untied", "standard"])
+def test_a_dense_step_takes_over_the_pre_activations_of_the_sparse_attempt(kind):
+    (one, mine), (two, _), x = pair(kind, bias=0.5)
+    found, pre_activation = steps._sparse_step(one, mine, x, ALPHA, torch.float32)
+    assert found is None
+    left = steps.hand_gradient(one, x, ALPHA, torch.float32, pre_activation)
+    right = steps.hand_gradient(two, x, ALPHA, torch.float32)
+    torch.testing.assert_close(left["code"], right["code"], rtol=1e-4, atol=1e-5)
+    for value, expected in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(value.grad, expected.grad, rtol=1e-3, atol=1e-6)
+
+
 def test_a_batch_that_is_not_finite_shows_in_the_error():
     (one, optimiser), _, x = pair("tied")
     x[3, 4] = float("nan")
