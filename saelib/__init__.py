@@ -8,4 +8,4 @@ import warnings
 # said by other libraries' progress bars on import in a notebook without widgets; ours are plain text
 warnings.filterwarnings("ignore", message="IProgress not found")
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -190,7 +190,11 @@ def train(
 
 
 def start(store: ActivationStore, config: TrainConfig) -> Dictionary:
-    """The untrained dictionary of `config`, with the store's mean and scale where asked for; a decoder bias is the mean."""
+    """The untrained dictionary of `config`, with the store's mean and scale where asked for.
+
+    The standard and TopK forms start at the data: decoder bias at the mean, rows (of length 0.1) at the deviations of random
+    activations from it. A store with fewer activations than features leaves the other rows as they were.
+    """
     generator = torch.Generator().manual_seed(config.seed)
     options = {"k": config.k} if config.kind == "topk" else {}
     n_features = round(config.ratio * store.d)
@@ -202,6 +206,9 @@ def start(store: ActivationStore, config: TrainConfig) -> Dictionary:
         dictionary.scale.fill_(math.sqrt(store.scale**2 - centred))
     if hasattr(dictionary, "decoder_bias"):
         dictionary.decoder_bias.data.copy_(dictionary.standardise(store.mean))
+        drawn = torch.randperm(store.n, generator=generator)[:n_features]
+        rows = 0.1 * dictionaries.unit_rows(store.rows(drawn).float() - store.mean)
+        dictionary.weight.data[: len(rows)] = dictionary.decoder.data[: len(rows)] = rows
     return dictionary
 
 

@@ -93,6 +93,26 @@ def test_the_mean_and_scale_of_the_store_are_in_the_dictionary_where_asked_for(s
     assert both.n_features == 64
 
 
+@pytest.mark.parametrize("options", [{"kind": "standard"}, {"kind": "topk", "k": 4, "alpha": 0.0}])
+def test_the_forms_with_a_decoder_bias_start_at_the_data(stores, options):
+    store = stores[0]
+    made = training.start(store, TrainConfig(**{"ratio": 2.0} | options))
+    assert torch.allclose(made.decoder_bias, store.mean / made.scale, atol=1e-5)
+    assert torch.equal(made.weight, made.decoder)
+    assert torch.allclose(made.weight.norm(dim=1), torch.full((64,), 0.1))
+    deviations = torch.nn.functional.normalize(torch.cat(list(store.chunks(1000))).float() - store.mean, dim=1)
+    nearest = (made.directions @ deviations.T).max(dim=1)
+    assert nearest.values.min() > 0.9999
+    assert len(nearest.indices.unique()) == 64
+
+
+def test_a_store_of_fewer_activations_than_features_starts_only_as_many_rows_at_the_data(stores):
+    store = stores[0]
+    made = training.start(store, TrainConfig(kind="standard", ratio=(store.n + 3) / store.d))
+    assert made.n_features == store.n + 3
+    assert torch.allclose(made.weight.norm(dim=1), torch.full((store.n + 3,), 0.1))
+
+
 class Listening(ActivationStore):
     """Notes the seed of each pass."""
 

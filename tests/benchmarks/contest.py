@@ -37,6 +37,9 @@ class Rows:
     def n_batches(self, size: int) -> int:
         return self.n // size
 
+    def rows(self, index: torch.Tensor):
+        return self.x[index]
+
     def chunks(self, size: int):
         yield from self.x.split(size)
 
