@@ -56,7 +56,7 @@ def halves(document: Tensor, names: list[str]) -> Tensor:
     table = pd.DataFrame({"source": [name.split("/")[0] for name in names], "size": size.numpy()})
     place = table[table["size"] > 0].sort_values("size", ascending=False, kind="stable").groupby("source").cumcount()
     select = torch.zeros(len(names), dtype=torch.bool)
-    select[torch.as_tensor(place[place.mod(4).isin([0, 3])].index.to_numpy())] = True
+    select[place[place.mod(4).isin([0, 3])].index.tolist()] = True
     return select
 
 
