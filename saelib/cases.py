@@ -169,7 +169,7 @@ def histogram(value: Tensor, token: Tensor, *, bins: int = 10, top: int = 5) -> 
     """Counts of `value` [n] in equal bins from its minimum to its maximum, by token: columns bin, low, high, token (-1: all
     others), count. Shown are the `top` tokens with the largest mean share of a bin (paper: the commonest of all, which are
     those of the lowest bin)."""
-    edges = np.linspace(value.min(), value.max(), bins + 1)
+    edges = np.linspace(value.min(), max(value.max(), value.min() + 1e-6), bins + 1)
     place = np.clip(np.digitize(value.numpy(), edges) - 1, 0, bins - 1)
     counts = pd.crosstab(place, token.numpy()).reindex(range(bins), fill_value=0)
     kept = counts.div(counts.sum(1).clip(lower=1), axis=0).mean().nlargest(top).index

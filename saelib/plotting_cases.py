@@ -1,5 +1,6 @@
 """Figures of notebook 06. Same manner as `saelib.plotting`: data and axes in, axes out."""
 
+import re
 from collections.abc import Sequence
 
 import networkx as nx
@@ -8,16 +9,17 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from saelib.plotting import COLOURS
+from saelib.plotting import COLOURS, plain_log
 
 FIRST, OTHERS, REST = COLOURS["tied"], ("#e08a2e", "#00838f", "#b8336a", "#8a6d1f", "#8e44ad"), "#d4d4d4"
 
 
 def readable(token: str) -> str:
-    """A token on one line: a line feed as ⏎, a tab as ⇥, a leading space as ␣, runs of spaces counted."""
-    text = token.replace("\n", "⏎").replace("\t", "⇥")
-    spaces = len(text) - len(text.lstrip(" "))
-    return ("␣" if spaces == 1 else f"␣×{spaces} " if spaces else "") + text.lstrip(" ")
+    """A token on one line: ⏎ for a line feed, ⇥ for a tab, ␣ for a space at an end, runs of spaces counted, and the number of
+    any character that the font lacks."""
+    text = re.sub(" {2,}", lambda run: f"␣×{len(run[0])}", token.replace("\n", "⏎").replace("\t", "⇥"))
+    text = re.sub("^ | $", "␣", text)
+    return "".join(one if one.isprintable() and ord(one) < 0x2E80 else f"\\u{ord(one):04x}" for one in text)
 
 
 def stacked(table: pd.DataFrame, first: str, axes: Axes, label: str = "activation") -> Axes:
@@ -37,7 +39,9 @@ def stacked(table: pd.DataFrame, first: str, axes: Axes, label: str = "activatio
         axes.bar(edges["low"], height, 0.94 * width, bottom, align="edge", color=colour, label=name)
         bottom += height
     for middle, count in zip((edges["low"] + edges["high"]) / 2, total, strict=True):
-        axes.text(middle, 1.02, f"{count:,}" if count < 10_000 else f"{count / 1000:.0f}k", ha="center", fontsize=5.5)
+        axes.text(
+            middle, 1.02, f"{count:,.0f}" if count < 10_000 else f"{count / 1000:.0f}k", ha="center", fontsize=5.5
+        )
     axes.grid(axis="x", visible=False)
     axes.set(xlabel=label, ylim=(0, 1.09), yticks=[0, 0.5, 1])
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=6.5, handlelength=1, columnspacing=1)
@@ -61,6 +65,8 @@ def fig12_features(tables: dict[str, pd.DataFrame], axes: Sequence[Axes]) -> Non
     """Paper Figures 12 to 15: on which tokens the features of other targets are active, a panel per target."""
     for axis, (target, table) in zip(axes, tables.items(), strict=False):
         stacked(table, target, axis, f"activation of the feature of {readable(target)}")
+        if axis.get_subplotspec().is_first_col():
+            axis.set_ylabel("share of the bin")
     for axis in axes[len(tables) :]:
         axis.set_axis_off()
 
@@ -107,7 +113,7 @@ def x_contexts(groups: dict[str, pd.DataFrame], axes: Sequence[Axes], characters
                 axis.add_patch(
                     Rectangle((start, -line - 0.5), len(text), 0.96, color=FIRST, alpha=0.75 * strength / largest, lw=0)
                 )
-                axis.text(start, -line, text, family="monospace", fontsize=5.6, va="center", parse_math=False)
+                axis.text(start, -line, text, family="monospace", fontsize=7, va="center", parse_math=False)
         axis.set_xlim(0, characters)
         axis.set_ylim(-table["context"].nunique() + 0.4, 0.6)
         axis.set_title(title, fontsize=7.5, loc="left", parse_math=False)
@@ -144,4 +150,5 @@ def x_failure(frequent: pd.DataFrame, table: pd.DataFrame, target: str, bound: f
         xlabel="occurrences, select half (log scale)",
         ylabel="purity above half, select half",
     )
+    plain_log(axes[0].xaxis)
     stacked(table, target, axes[1]).set_ylabel("share of the bin")
