@@ -7,7 +7,7 @@ are positions that were not harvested (the first) and outliers. Only the blocks 
 """
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import networkx as nx
 import numpy as np
@@ -35,6 +35,13 @@ class Level:
     whole: ActivationStore
     text: cases.Text
     tokens: Tensor
+    _codes: dict[int, Tensor] = field(default_factory=dict)
+
+    def code(self, feature: int) -> Tensor:
+        """`cases.codes` of one feature, [n], computed once."""
+        if feature not in self._codes:
+            self._codes[feature] = cases.codes(self.dictionary, self.store, [feature])[:, 0]
+        return self._codes[feature]
 
     @property
     def hook(self) -> str:
@@ -154,7 +161,7 @@ class Contexts:
             raise CauseError(
                 f"{child.hook} does not lie before {parent.hook}, so nothing at it can cause what is there"
             )
-        text, code = parent.text, cases.codes(parent.dictionary, parent.store, [feature])[:, 0]
+        text, code = parent.text, parent.code(feature)
         strong = (code >= code[text.select].max() / 2) & (code > 0) & (text.select == select) & (text.column < n_tokens)
         places = strong.nonzero()[:, 0]
         if not len(places):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import MARK, RESIDUAL
 
-from saelib import cases, dictionaries, store
+from saelib import cases, dictionaries, paths, store
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +114,13 @@ def test_codes_refuse_a_dead_feature_and_another_width(planted, held_out):
         cases.codes(dictionaries.TiedSAE(4, 8), held_out, [0])
 
 
+def test_a_layer_without_a_dictionary_is_named(tmp_path):
+    with pytest.raises(
+        paths.MissingArtefact, match=r"no dictionary in .*blocks.4.hook_resid_post.*02_train_dictionaries"
+    ):
+        dictionaries.find(tmp_path / "blocks.4.hook_resid_post", kind="tied", alpha=0.001)
+
+
 def test_wilson_by_hand():
     low = cases.wilson(torch.tensor([8.0, 0.0, 80.0]), torch.tensor([10.0, 0.0, 100.0]))
     assert low.tolist() == pytest.approx([0.4902, 0.0, 0.7112], abs=1e-3)
@@ -142,11 +149,14 @@ def test_contexts_are_of_the_report_half_one_a_document(planted, rows, text):
     dictionary, token, _ = planted
     found = cases.contexts(dictionary.planted[:, 0], text, rows.held_out, n=3, width=4)
     middle = found[found["offset"] == 0]
+    for line in middle["context"]:
+        tokens = found[found["context"] == line]["token"].tolist()
+        row = next(
+            r for r in range(12) if any(rows.held_out[r, i : i + len(tokens)].tolist() == tokens for i in range(16))
+        )
+        assert not text.select[text.row == row].all()
     assert len(middle) == 3 and (middle["token"] == token).all() and (middle["activation"] >= 4).all()
-    documents = []
     for _, part in found.groupby("context"):
-        here = text.document[(text.token == token) & ~text.select]
-        documents.append(len(here))
         assert part["offset"].is_monotonic_increasing and part["offset"].abs().max() <= 4
     assert cases.commonest(torch.tensor([5, 5, 7]), type("T", (), {"decode": lambda self, ids: str(ids[0])})()) == [
         "5",
