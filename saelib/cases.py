@@ -172,8 +172,8 @@ def histogram(value: Tensor, token: Tensor, *, bins: int = 10, top: int = 5) -> 
     edges = np.linspace(value.min(), max(value.max(), value.min() + 1e-6), bins + 1)
     place = np.clip(np.digitize(value.numpy(), edges) - 1, 0, bins - 1)
     counts = pd.crosstab(place, token.numpy()).reindex(range(bins), fill_value=0)
-    kept = counts.div(counts.sum(1).clip(lower=1), axis=0).mean().nlargest(top).index
-    shown = counts[kept].assign(**{"-1": counts.drop(columns=kept).sum(1)}).rename(columns={"-1": -1})
+    kept = counts.div(counts.sum(axis=1).clip(lower=1), axis=0).mean().nlargest(top).index
+    shown = counts[kept].assign(**{"-1": counts.drop(columns=kept).sum(axis=1)}).rename(columns={"-1": -1})
     long = shown.rename_axis(index="bin", columns="token").stack().rename("count").reset_index()
     return long.assign(low=edges[long["bin"]], high=edges[long["bin"] + 1])
 

@@ -28,7 +28,7 @@ def stacked(table: pd.DataFrame, first: str, axes: Axes, label: str = "activatio
     counts = table.pivot_table(index="bin", columns="token", values="count", aggfunc="sum", fill_value=0)
     edges = table.drop_duplicates("bin").set_index("bin").sort_index()
     total, counts = (
-        counts.sum(1),
+        counts.sum(axis=1),
         counts.reindex(sorted(counts, key=lambda token: (token == "other", token != first)), axis=1),
     )
     bottom, colours = np.zeros(len(counts)), iter(OTHERS)
