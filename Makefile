@@ -14,7 +14,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help replicate test unit pipeline nbval interop serve-test data figures refresh search bench lint lab clean
+.PHONY: help replicate test unit pipeline nbval interop serve-test data figures refresh verdict search bench lint lab clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -41,6 +41,9 @@ figures: data  ## make the figures of PROFILE again from what is already compute
 refresh: replicate  ## put the executed notebooks of the laptop profile into notebooks/, for a commit
 	@test $(PROFILE) = laptop || { echo "error: only the laptop profile's outputs are committed"; exit 1; }
 	cp $(addprefix $(RUNS)/laptop/,$(wildcard notebooks/[0-9]*.ipynb)) notebooks/
+
+verdict: $(VENV)/installed  ## write the README's table from figures/laptop/x_verdict.csv, which notebook 07 made
+	$(BIN)/python -m saelib.verdict
 
 test: unit pipeline nbval  ## everything below: unit tests, smoke pipeline, committed notebooks
 
