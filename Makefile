@@ -41,6 +41,7 @@ figures: data  ## make the figures of PROFILE again from what is already compute
 refresh: replicate  ## put the executed notebooks of the laptop profile into notebooks/, for a commit
 	@test $(PROFILE) = laptop || { echo "error: only the laptop profile's outputs are committed"; exit 1; }
 	cp $(addprefix $(RUNS)/laptop/,$(wildcard notebooks/[0-9]*.ipynb)) notebooks/
+	$(BIN)/python -m saelib.verdict
 
 verdict: $(VENV)/installed  ## write the README's table from figures/laptop/x_verdict.csv, which notebook 07 made
 	$(BIN)/python -m saelib.verdict

@@ -4,7 +4,9 @@ A statement has parts, each of which is measured by itself. The rules stand here
 part may be is in `OUTCOMES`, what follows from the parts in `judge`. Statements and parts are in notebook 07.
 """
 
+import io
 import math
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -148,8 +150,9 @@ def readme_block(verdicts: pd.DataFrame) -> str:
     lines = [", ".join(f"{(verdicts['verdict'] == name).sum()} {name}" for name in VERDICTS) + ".", ""]
     lines += ["| the paper says | verdict | here |", "|---|---|---|"]
     for row in verdicts.itertuples():
+        here = row.here.replace("<", "&lt;").replace("|", r"\|").replace("\n", " ")  # tokens of the model may be in it
         place = f"[{row.place}](notebooks/{row.notebook}.ipynb)"
-        lines.append(f"| {place}: {row.statement} | {row.verdict} | {row.here} |".replace("\n", " "))
+        lines.append(f"| {place}: {row.statement} | {row.verdict} | {here} |")
     return "\n".join(lines)
 
 
@@ -165,7 +168,8 @@ def with_block(text: str, block: str) -> str:
 
 def read_table(path: Path = TABLE) -> pd.DataFrame:
     """The committed table of the laptop run, as notebook 07 wrote it beside its figure."""
-    return pd.read_csv(paths.require(path, "07_verdict"), comment="#", keep_default_na=False)
+    text = paths.require(path, "07_verdict").read_text(encoding="utf-8")
+    return pd.read_csv(io.StringIO(re.sub(r"\A(#.*\n)*", "", text)), keep_default_na=False)
 
 
 def main() -> None:
