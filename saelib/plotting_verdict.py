@@ -23,7 +23,7 @@ def x_verdict(table: pd.DataFrame, axes: Axes) -> Axes:
         for place, outcome in enumerate(row.parts.split()):
             marker, fill = DOTS[outcome]
             style = {"ms": 4.5, "fillstyle": fill, "mew": 0.9, "color": colour, "markerfacecoloralt": "white"}
-            axes.plot(7.2 + 0.22 * place, height, marker, **style)
+            axes.plot(7.3 + 0.22 * place, height, marker, **style)
     verdicts = [Line2D([], [], ls="", marker=SQUARES[name], color=COLOURS[name], ms=6, label=name) for name in VERDICTS]
     for name, (marker, fill) in DOTS.items():
         style = {"marker": marker, "fillstyle": fill, "color": "#444444", "markerfacecoloralt": "white", "ls": ""}

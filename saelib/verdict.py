@@ -98,22 +98,30 @@ def judge(parts: Sequence[Part], *, judged: bool = True) -> tuple[str, str]:
         return "not testable", "; ".join(dict.fromkeys(part.shown for part in groups["absent"])) or "it has no part"
     verdict = "partly" if groups["yes"] else "not replicated"
     if len(groups["yes"]) == measured and not groups["absent"]:
-        return "replicated", f"all of its parts hold ({len(groups['yes'])})" if measured > 1 else "its one part holds"
+        return "replicated", f"all {measured} parts hold" if measured > 1 else "its one part holds"
     said = {"yes": "holds", "no": "fails", "undecided": "undecided", "absent": "not measured"}
     listed = [f"{word}: {', '.join(part.what for part in groups[name])}" for name, word in said.items() if groups[name]]
     return verdict, "; ".join(listed)
 
 
 def table(statements: Sequence[Statement], *, judged: bool = True) -> pd.DataFrame:
-    """A row per statement: place, notebook, statement, verdict, here, reason, parts (the outcomes, for the figure)."""
+    """A row per statement: place, notebook, statement, verdict, here (what was measured), reason, beside (the notes), parts
+    (the outcomes, for the figure)."""
     rows = []
     for one in statements:
         verdict, reason = judge(one.parts, judged=judged)
-        here = "; ".join(f"{part.what}: {part.shown}" if part.shown else part.what for part in one.parts)
-        reason = reason + (f" ({one.differs})" if one.differs else "")
-        outcomes = " ".join(part.outcome for part in one.parts if part.outcome != "note")
-        rows.append([one.place, one.notebook, one.text, verdict, here, reason, outcomes])
-    return pd.DataFrame(rows, columns=["place", "notebook", "statement", "verdict", "here", "reason", "parts"])
+        asked = [part for part in one.parts if part.outcome != "note"]
+        here, beside = (
+            "; ".join(f"{part.what}: {part.shown}" for part in parts)
+            for parts in (asked, [part for part in one.parts if part not in asked])
+        )
+        reason = "; ".join(filter(None, (reason, one.differs)))
+        rows.append(
+            [one.place, one.notebook, one.text, verdict, here, reason, beside, " ".join(p.outcome for p in asked)]
+        )
+    return pd.DataFrame(
+        rows, columns=["place", "notebook", "statement", "verdict", "here", "reason", "beside", "parts"]
+    )
 
 
 def read_metrics(profile: str, last: str) -> dict[str, dict]:

@@ -107,9 +107,13 @@ def test_pick_takes_the_rows_that_fit_and_leaves_out_what_was_not_measured():
 
 
 STATEMENTS = [
-    Statement("Figure 2; A", "04_autointerp", "Features score higher", [Part("random", "yes", "0.20 [0.10, 0.30]")]),
+    Statement("Figure 2 (A)", "04_autointerp", "Features score higher", [Part("random", "yes", "0.20 [0.10, 0.30]")]),
     Statement(
-        "Table 2", "04_autointerp", "A weak correlation", [Part("skew", "no"), Part("hint", "note", "0.1")], "small"
+        "Table 2",
+        "04_autointerp",
+        "A weak correlation",
+        [Part("skew", "no", "0.1"), Part("hint", "note", "0.1")],
+        "small",
     ),
 ]
 
@@ -117,8 +121,9 @@ STATEMENTS = [
 def test_the_table_has_a_row_per_statement_and_says_what_differs():
     table = verdict.table(STATEMENTS)
     assert table["verdict"].tolist() == ["replicated", "not replicated"]
-    assert table["here"].tolist() == ["random: 0.20 [0.10, 0.30]", "skew; hint: 0.1"]
-    assert table["reason"].tolist() == ["its one part holds", "fails: skew (small)"]
+    assert table["here"].tolist() == ["random: 0.20 [0.10, 0.30]", "skew: 0.1"]
+    assert table["beside"].tolist() == ["", "hint: 0.1"]
+    assert table["reason"].tolist() == ["its one part holds", "fails: skew; small"]
     assert table["parts"].tolist() == ["yes", "no"]
     assert set(verdict.table(STATEMENTS, judged=False)["verdict"]) == {"not testable"}
 
@@ -126,7 +131,7 @@ def test_the_table_has_a_row_per_statement_and_says_what_differs():
 def test_the_block_counts_links_and_stands_between_the_marks():
     block = verdict.readme_block(verdict.table(STATEMENTS))
     assert block.splitlines()[0] == "1 replicated, 0 partly, 1 not replicated, 0 not testable."
-    link = "[Figure 2; A](notebooks/04_autointerp.ipynb)"
+    link = "[Figure 2 (A)](notebooks/04_autointerp.ipynb)"
     assert f"| {link}: Features score higher | replicated | random: 0.20 [0.10, 0.30] |" in block
     text = verdict.with_block(f"before\n{MARK}\nold\n{MARK}\nafter\n", block)
     assert text == f"before\n{MARK}\n{block}\n{MARK}\nafter\n" == verdict.with_block(text, block)
