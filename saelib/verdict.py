@@ -82,7 +82,7 @@ def order(what: str, held: Sequence[bool], shown: str = "", *, of: str = "seeds"
     held = [bool(each) for each in held]
     if not held:
         return Part(what, "absent", "not measured in this profile")
-    count = f"{sum(held)} of {len(held)} {of}" if of else ""
+    count = f"{sum(held)} of {len(held)} {of}" if len(held) > 1 else ""
     outcome = "yes" if all(held) else "undecided" if any(held) else "no"
     return Part(what, outcome, ", ".join(filter(None, (shown, count))))
 

@@ -62,7 +62,7 @@ def test_an_order_counts_where_it_held():
     held = {(True, True): "yes", (True, False): "undecided", (False, False): "no", (): "absent"}
     assert {flags: verdict.order("order", flags).outcome for flags in held} == held
     assert verdict.order("order", pd.Series([True, False]), "0.97", of="layers").shown == "0.97, 1 of 2 layers"
-    assert verdict.order("order", [True], "0.97", of="").shown == "0.97"
+    assert verdict.order("order", [True], "0.97").shown == "0.97"
 
 
 @pytest.mark.parametrize(
