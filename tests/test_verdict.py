@@ -167,6 +167,19 @@ def test_the_readme_is_not_behind_the_committed_verdicts():
     assert text == verdict.with_block(text, verdict.readme_block(verdict.read_table())), "run `make verdict`"
 
 
+def test_a_readme_that_is_behind_is_not_the_same():
+    table = verdict.table(STATEMENTS)
+    text = verdict.with_block(f"{MARK}{MARK}", verdict.readme_block(table))
+    for column, value in (
+        ("verdict", "partly"),
+        ("here", "0.19"),
+        ("statement", "Another"),
+        ("notebook", "03_baselines"),
+    ):
+        changed = table.assign(**{column: [value, table[column][1]]})
+        assert text != verdict.with_block(text, verdict.readme_block(changed)), column
+
+
 def test_the_committed_verdicts_are_those_of_the_committed_notebook():
     """Statements as in its source, counts as in its output: neither figure nor notebook is of another run."""
     cells = nbformat.read(paths.NOTEBOOKS / "07_verdict.ipynb", as_version=4).cells
