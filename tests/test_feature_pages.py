@@ -49,7 +49,9 @@ def test_the_folder_is_self_contained(made):
     data = {"summary", "text", "features-000", "features-001"}
     assert names == {"index.html", "app.js", "style.css", "about.json"} | {f"data/{name}.js" for name in data}
     for name in ("index.html", "app.js", "style.css"):
-        assert "//" not in (made[1] / name).read_text().replace("// ", "").replace('"//', ""), f"{name} names an address"
+        assert "//" not in (made[1] / name).read_text().replace("// ", "").replace('"//', ""), (
+            f"{name} names an address"
+        )
 
 
 def test_the_package_holds_the_page(made):
@@ -134,7 +136,9 @@ def test_logit_effects_of_a_hidden_layer_go_through_its_output_matrix(neox):
     values, ids = feature_pages.logit_effects(bridge, "blocks.0.mlp.hook_post", directions, n=4)
     network = bridge.original_model
     with torch.inference_mode():
-        written = directions @ network.gpt_neox.layers[0].mlp.dense_4h_to_h.weight.T  # its bias is no part of the feature
+        written = (
+            directions @ network.gpt_neox.layers[0].mlp.dense_4h_to_h.weight.T
+        )  # its bias is no part of the feature
         u = written / written.square().mean(1, keepdim=True).sqrt()
         norm = network.gpt_neox.final_layer_norm
         expected = (norm(u) - norm.bias) @ network.lm_head.weight.T
@@ -165,14 +169,16 @@ def test_a_second_call_does_nothing_and_a_changed_input_makes_the_page_anew(in_r
     before = (page / "about.json").stat().st_mtime_ns
     assert feature_pages.make("made") == page and (page / "about.json").stat().st_mtime_ns == before
     feature_pages.profiles.load("made")["04_autointerp"]["rule_length"] = 2
-    monkeypatch.setattr(feature_pages, "features", lambda *_, **options: pytest.fail(f"made anew, {options['rule_length']}"))
+    monkeypatch.setattr(
+        feature_pages, "features", lambda *_, **options: pytest.fail(f"made anew, {options['rule_length']}")
+    )
     with pytest.raises(pytest.fail.Exception, match="made anew, 2"):
         feature_pages.make("made")
     assert (page / "about.json").stat().st_mtime_ns == before, "the old page stays until the new one is whole"
 
 
 def test_what_is_missing_is_named_with_the_notebook_that_makes_it(in_run, tmp_path, monkeypatch, capsys):
-    with pytest.raises(feature_pages.PageError, match="no dictionary 'none' in .*; there are tied"):
+    with pytest.raises(feature_pages.PageError, match=r"no dictionary 'none' in .*; there are tied"):
         feature_pages.make("made", None, "none")
     with pytest.raises(paths.MissingArtefact, match="Notebook 01_collect_activations makes it"):
         feature_pages.make("made", "blocks.2.hook_resid_post")
@@ -181,7 +187,7 @@ def test_what_is_missing_is_named_with_the_notebook_that_makes_it(in_run, tmp_pa
     monkeypatch.setattr(paths, "DATA", tmp_path / "copy")
     with pytest.raises(paths.MissingArtefact, match="Notebook 02_train_dictionaries makes them"):
         feature_pages.make("made")
-    with pytest.raises(SystemExit, match="error: .*Notebook 02_train_dictionaries"):
+    with pytest.raises(SystemExit, match=r"error: .*Notebook 02_train_dictionaries"):
         feature_pages.main(["made", "--dictionary", "tied"])
 
 

@@ -144,7 +144,7 @@ const saelib = (() => {
   function effects(title, tokens) {
     const largest = Math.max(...tokens.map(([, value]) => Math.abs(value)));
     return make("div", {}, make("h4", {}, title), make("ol", { class: "effects" }, ...tokens.map(([token, value]) =>
-      make("li", { "--share": Math.abs(value) / largest }, chip(token), make("span", {}, (value > 0 ? "+" : "") + value.toFixed(2))))));
+      make("li", { "--share": Math.abs(value) / largest }, chip(token), make("span", {}, (value > 0 ? "+" : "") + value.toFixed(1))))));
   }
 
   function context([number, start, stop, position, levels], feature) {
@@ -164,7 +164,7 @@ const saelib = (() => {
       line.append(make("bdi", { class: `on ${kind}`, "--a": Math.max(0, a) / feature.max, title: a < 0 ? "left out as an outlier" : `activation ${a}` }, shown));
     });
     flush();
-    return make("li", {}, make("div", { class: "where" }, make("b", {}, String(level.get(position - start))), " ", owner), line);
+    return make("li", {}, make("div", { class: "where" }, make("b", {}, level.get(position - start).toPrecision(3)), " ", owner), line);
   }
 
   function card(name, value) {

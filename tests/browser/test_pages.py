@@ -76,7 +76,9 @@ def press(browser, *keys):
 
 def column(browser, key):
     """What the list shows in a column, top to bottom."""
-    return browser.execute_script("return [...document.querySelectorAll(`tbody td.${arguments[0]}`)].map(td => td.textContent)", key)
+    return browser.execute_script(
+        "return [...document.querySelectorAll(`tbody td.${arguments[0]}`)].map(td => td.textContent)", key
+    )
 
 
 def click(browser, selector):
@@ -85,7 +87,10 @@ def click(browser, selector):
 
 def opened(browser, feature):
     """Wait for a feature's page; what it says."""
-    until(browser, f"return document.querySelector('#feature:not([hidden]) h2')?.textContent.startsWith('Feature {feature} ')")
+    until(
+        browser,
+        f"return document.querySelector('#feature:not([hidden]) h2')?.textContent.startsWith('Feature {feature} ')",
+    )
     return browser.execute_script("return document.querySelector('#feature').textContent")
 
 
@@ -162,10 +167,15 @@ def test_opens_by_a_click_and_comes_back(browser):
     assert len(bars) == 10 and printed[bars.index(max(bars))] == max(printed)
     assert all(abs(bar / max(bars) - n / max(printed)) < 0.03 for bar, n in zip(bars, printed, strict=True))
     click(browser, "figure input")
-    logged = browser.execute_script("return [...document.querySelectorAll('.stack')].map(s => s.getBoundingClientRect().height)")
+    logged = browser.execute_script(
+        "return [...document.querySelectorAll('.stack')].map(s => s.getBoundingClientRect().height)"
+    )
     assert sum(logged) > sum(bars)
     click(browser, ".nearest a")
-    until(browser, "return location.hash !== '#f7' && document.querySelector('h2').textContent.includes(location.hash.slice(2))")
+    until(
+        browser,
+        "return location.hash !== '#f7' && document.querySelector('h2').textContent.includes(location.hash.slice(2))",
+    )
     browser.back()
     opened(browser, 7)
     browser.back()
