@@ -10,8 +10,9 @@ import pytest
 import torch
 from conftest import RESIDUAL
 from feature_run import DEAD, HOSTILE, RARE, make_run, use_run
+from safetensors.torch import load_file
 
-from saelib import dictionaries, feature_pages, models, paths, store
+from saelib import autointerp, corpus, dictionaries, feature_pages, files, fragments, models, paths, store
 
 N = 70
 
@@ -89,6 +90,27 @@ def test_explained_where_twenty_fragments_are_active(made):
     assert whole(made[1], RARE)["n"] > 0 and whole(made[1], RARE)["explanation"] is None
     told = [whole(made[1], feature) for feature in range(N) if whole(made[1], feature)["explanation"]]
     assert len(told) > N / 2 and all(-1 <= one["scores"]["both"] <= 1 for one in told)
+
+
+def test_the_first_block_is_explained_and_scored_as_in_notebook_04(in_run):
+    """Its lines: fragments of the held-out rows, codes of the first features, records, token rules, scores."""
+    run = in_run[0] / "runs" / "made"
+    held = store.ActivationStore(run / "activations" / RESIDUAL, "held_out")
+    head = files.read_json(run / "activations" / "tokens.json")
+    rows = corpus.TokenRows(**load_file(run / "activations" / "tokens.safetensors"), **head)
+    tokenizer = models.load_tokenizer(str(in_run[0] / "model"))
+    separator = tokenizer.convert_tokens_to_ids(head["spec"]["separator"])
+    pieces = fragments.cut(rows.held_out, held, seed=0, length=5, separator=separator)
+    (path,) = (run / "dictionaries" / RESIDUAL).glob("*.safetensors")
+    chosen = torch.arange(50)
+    code = fragments.codes(dictionaries.load(path)[0], held, pieces, chosen)
+    found, _ = fragments.records(pieces, code, chosen, generator=torch.Generator().manual_seed(0))
+    rules = autointerp.TokenRules(length=8)
+    scores = {row["feature"]: row for row in autointerp.score_all(found, rules, rules)[0]}
+    for feature in range(50):
+        row, shown = scores.get(feature, {}), whole(in_run[1], feature)["scores"]
+        assert shown == {name: pytest.approx(row[name], rel=6e-3) for name in autointerp.PARTS if name in row}
+    assert len(scores) > 25
 
 
 def test_a_feature_with_known_codes():
