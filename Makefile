@@ -17,7 +17,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .PHONY: help replicate test unit pipeline nbval interop serve-test browser-test data figures features refresh search bench lint lab clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 	@echo; echo "profiles (PROFILE=...): $(basename $(notdir $(wildcard notebooks/profiles/*.yaml)))"
 
 $(VENV)/installed: requirements.lock pyproject.toml

@@ -168,6 +168,15 @@ def test_logit_effects_of_a_hidden_layer_go_through_its_output_matrix(neox):
     torch.testing.assert_close(values, expected.gather(1, ids), rtol=1e-3, atol=1e-4)
 
 
+def test_logit_effects_are_the_same_in_the_papers_coordinates(neox):
+    directions = dictionaries.unit_rows(torch.randn(3, 32, generator=torch.Generator().manual_seed(1)))
+    raw, processed = (models.load_model(neox, compatibility=flag) for flag in (False, True))
+    values, ids = feature_pages.logit_effects(raw, RESIDUAL, directions, n=4)
+    again, same = feature_pages.logit_effects(processed, RESIDUAL, directions, n=4)
+    torch.testing.assert_close(again, values, rtol=1e-3, atol=1e-3)
+    assert torch.equal(same, ids)
+
+
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_hostile_text_is_escaped_and_comes_back_as_it_was(hostile):
     line = feature_pages.script("text", [hostile], {"a": hostile})
