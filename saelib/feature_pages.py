@@ -20,7 +20,9 @@ from tqdm import tqdm
 
 import saelib
 from saelib import autointerp, dictionaries, files, fragments, metrics, models, paths, profiles, store, training
+from saelib.activations import HarvestError
 from saelib.corpus import TokenRows
+from saelib.fragments import FragmentError
 
 ASSETS = Path(__file__).parent / "pages"
 BINS, COMMONEST = 10, 5  # of a histogram, as in the paper's case studies (section 5.1)
@@ -36,6 +38,17 @@ Show = Callable[[int], str]  # from a token to its text
 
 class PageError(ValueError):
     """No pages can be made; the message says what is wrong and what there is."""
+
+
+#: What the command reports in one line; anything else is a fault of the program and shows its traceback.
+EXPECTED = (
+    PageError,
+    profiles.ProfileError,
+    dictionaries.DictionaryError,
+    HarvestError,
+    models.ModelError,
+    FragmentError,
+)
 
 
 @torch.inference_mode()
@@ -271,7 +284,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     try:
         folder = make(given.profile, given.hook, given.dictionary)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (*EXPECTED, OSError) as error:
         sys.exit(f"error: {error}")
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{folder / 'index.html'} ({size / 1e6:.1f} MB): open it in a browser")
