@@ -14,10 +14,10 @@ export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help replicate test unit pipeline nbval interop serve-test data figures refresh verdict search bench lint lab clean
+.PHONY: help replicate test unit pipeline nbval interop serve-test browser-test data figures features refresh verdict search bench lint lab clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 	@echo; echo "profiles (PROFILE=...): $(basename $(notdir $(wildcard notebooks/profiles/*.yaml)))"
 
 $(VENV)/installed: requirements.lock pyproject.toml
@@ -37,6 +37,9 @@ replicate: data  ## run all notebooks under PROFILE, as far as they are not curr
 figures: data  ## make the figures of PROFILE again from what is already computed
 	@mkdir -p $(RUNS)
 	@$(SNAKEMAKE) --forceall
+
+features: data  ## a page for each feature of a dictionary, to open from disk (HOOK=..., DICTIONARY=...)
+	@$(BIN)/python -m saelib.feature_pages $(PROFILE) $(if $(HOOK),--hook $(HOOK)) $(if $(DICTIONARY),--dictionary $(DICTIONARY))
 
 refresh: replicate  ## put the executed notebooks of the laptop profile into notebooks/, for a commit
 	@test $(PROFILE) = laptop || { echo "error: only the laptop profile's outputs are committed"; exit 1; }
@@ -62,6 +65,10 @@ interop: data  ## load our folders with SAELens and dictionary_learning (install
 
 serve-test: data  ## explanation and simulation through the openai client against `transformers serve` on loopback
 	$(BIN)/python -m pytest -m serve -s
+
+browser-test: data  ## open feature pages in a headless Chromium (Debian's chromium and chromium-driver)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-build-isolation -c requirements.lock -e '.[browser]'
+	$(BIN)/python -m pytest -m browser -s
 
 search: data  ## the search over training settings behind notebook 02 (half an hour)
 	$(BIN)/python workflow/search_settings.py
