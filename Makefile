@@ -5,7 +5,12 @@ CORES ?= $(shell getconf _NPROCESSORS_ONLN)
 VENV := .venv
 BIN := $(VENV)/bin
 RUNS := $(if $(SAELIB_DATA),$(SAELIB_DATA),data)/runs
-SNAKEMAKE = $(BIN)/snakemake --snakefile workflow/Snakefile --directory $(RUNS) --cores $(CORES) --nolock --rerun-incomplete --quiet rules host --config profile=$(PROFILE)
+# EXECUTOR names a folder of workflow/executors (docs/cluster.md); THREADS are those of each job there
+EXECUTOR ?=
+THREADS ?= 4
+WHERE = $(if $(EXECUTOR),--profile workflow/executors/$(EXECUTOR),--cores $(CORES))
+CONFIG = profile=$(PROFILE) $(if $(EXECUTOR),fan_out=true threads=$(THREADS))
+SNAKEMAKE = $(BIN)/snakemake --snakefile workflow/Snakefile --directory $(RUNS) $(WHERE) --nolock --rerun-incomplete --quiet rules host --config $(CONFIG)
 export HF_HUB_OFFLINE ?= 1
 export PYTHONUTF8 := 1
 # keep freed memory for the next batch instead of giving its pages back (glibc); fresh pages cost the harvest a tenth of its time
@@ -27,10 +32,14 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
+$(VENV)/$(EXECUTOR)-executor: $(VENV)/installed
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-build-isolation -e '.[$(EXECUTOR)]'
+	@touch $@
+
 data: $(VENV)/installed  ## fetch and verify the pinned text and model (once, about 140 MB)
 	@$(BIN)/python -m saelib.sources
 
-replicate: data  ## run all notebooks under PROFILE, as far as they are not current
+replicate: data $(if $(EXECUTOR),$(VENV)/$(EXECUTOR)-executor)  ## run all notebooks under PROFILE, as far as they are not current; EXECUTOR=slurm: on a cluster
 	@mkdir -p $(RUNS)
 	@$(SNAKEMAKE) && echo "all notebooks of profile $(PROFILE) are current: $(RUNS)/$(PROFILE)/notebooks"
 
@@ -58,6 +67,9 @@ interop: data  ## load our folders with SAELens and dictionary_learning (install
 
 serve-test: data  ## explanation and simulation through the openai client against `transformers serve` on loopback
 	$(BIN)/python -m pytest -m serve -s
+
+slurm-test: data  ## the smoke profile on a SLURM of two nodes on loopback, one of which dies (a quarter of an hour)
+	$(BIN)/python -m pytest -m slurm -s
 
 search: data  ## the search over training settings behind notebook 02 (half an hour)
 	$(BIN)/python workflow/search_settings.py
