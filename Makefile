@@ -5,12 +5,13 @@ CORES ?= $(shell getconf _NPROCESSORS_ONLN)
 VENV := .venv
 BIN := $(VENV)/bin
 RUNS := $(if $(SAELIB_DATA),$(SAELIB_DATA),data)/runs
-# EXECUTOR names a folder of workflow/executors (docs/cluster.md); THREADS are those of each job there
+# EXECUTOR names a folder of workflow/executors (docs/cluster.md); THREADS are those of each job there; FLAGS go to Snakemake
 EXECUTOR ?=
 THREADS ?= 4
+FLAGS ?=
 WHERE = $(if $(EXECUTOR),--profile workflow/executors/$(EXECUTOR),--cores $(CORES))
 CONFIG = profile=$(PROFILE) $(if $(EXECUTOR),fan_out=true threads=$(THREADS))
-SNAKEMAKE = $(BIN)/snakemake --snakefile workflow/Snakefile --directory $(RUNS) $(WHERE) --nolock --rerun-incomplete --quiet rules host --config $(CONFIG)
+SNAKEMAKE = $(BIN)/snakemake --snakefile workflow/Snakefile --directory $(RUNS) $(WHERE) --nolock --rerun-incomplete --quiet rules host $(FLAGS) --config $(CONFIG)
 export HF_HUB_OFFLINE ?= 1
 export PYTHONUTF8 := 1
 # keep freed memory for the next batch instead of giving its pages back (glibc); fresh pages cost the harvest a tenth of its time
@@ -19,7 +20,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help replicate test unit pipeline nbval interop serve-test data figures refresh search bench lint lab clean
+.PHONY: help replicate test unit pipeline nbval interop serve-test slurm-test data figures refresh search bench lint lab clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -32,8 +33,8 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
-$(VENV)/$(EXECUTOR)-executor: $(VENV)/installed
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-build-isolation -e '.[$(EXECUTOR)]'
+$(VENV)/%-executor: $(VENV)/installed
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-build-isolation -e '.[$*]'
 	@touch $@
 
 data: $(VENV)/installed  ## fetch and verify the pinned text and model (once, about 140 MB)
@@ -68,7 +69,7 @@ interop: data  ## load our folders with SAELens and dictionary_learning (install
 serve-test: data  ## explanation and simulation through the openai client against `transformers serve` on loopback
 	$(BIN)/python -m pytest -m serve -s
 
-slurm-test: data  ## the smoke profile on a SLURM of two nodes on loopback, one of which dies (a quarter of an hour)
+slurm-test: data $(VENV)/slurm-executor  ## the smoke profile on a SLURM of two nodes on loopback, one of which dies (a quarter of an hour)
 	$(BIN)/python -m pytest -m slurm -s
 
 search: data  ## the search over training settings behind notebook 02 (half an hour)

@@ -49,10 +49,12 @@ def train(p: dict, hook: str, group: str) -> Iterable[str]:
     run, device, kept = paths.run_dir(p["profile"]), models.default_device(), {"outlier_factor": p["outlier_factor"]}
     folder, n_rows = run / "activations" / hook, p["mlp_rows"] if group == "mlp" else None
     group = "tied_inner" if group == "tied" and hook != p["main_hook"] else group
-    stores = store.ActivationStore(folder, "train", n_rows=n_rows, **kept), store.ActivationStore(folder, **kept, split="held_out")
+    train_store = store.ActivationStore(folder, "train", n_rows=n_rows, **kept)
+    held_out = store.ActivationStore(folder, "held_out", **kept)
     options = {"device": device, "dtype": models.as_dtype(p["dtype"], device)}
     options["evaluations_per_pass"] = 4 if group == "tied" else 0
-    return [row["name"] for row in training.sweep(*stores, groups(p)[group], run / "dictionaries" / hook, **options)]
+    made = training.sweep(train_store, held_out, groups(p)[group], run / "dictionaries" / hook, **options)
+    return [row["name"] for row in made]
 
 
 def fit(p: dict, hook: str) -> Iterable[str]:

@@ -54,7 +54,7 @@ class Cluster:
 
     def __init__(self, folder: Path, names: tuple[str, ...]):
         self.folder, self.names, self.daemons = folder, names, {}
-        self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": SBIN}
+        self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{folder}:{SBIN}"}
 
     def call(self, *command: str) -> str:
         """Output of a SLURM command."""
@@ -105,7 +105,11 @@ def cluster(folder: Path, names: tuple[str, ...] = ("n1", "n2")):
     made = Cluster(folder, names)
     text = CONFIGURATION.format(host=host, user=user, folder=folder, port=ports[0])
     text += "".join(NODE.format(name=name, host=host, port=port) for name, port in zip(names, ports[1:], strict=True))
-    (folder / "slurm.conf").write_text(text + f"PartitionName=all Nodes={','.join(names)} Default=YES MaxTime=INFINITE\n")
+    text += f"PartitionName=all Nodes={','.join(names)} Default=YES MaxTime=INFINITE\n"
+    (folder / "slurm.conf").write_text(text)
+    # the executor plugin takes SLURM_CONF away from its job steps
+    (folder / "srun").write_text(f'#!/bin/sh\nSLURM_CONF={folder}/slurm.conf exec {shutil.which("srun")} "$@"\n')
+    (folder / "srun").chmod(0o755)
     (folder / "state").mkdir()
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o400)
@@ -121,7 +125,8 @@ def cluster(folder: Path, names: tuple[str, ...] = ("n1", "n2")):
             made.start(name, "unshare", *apart, "slurmd", "-D", "-N", name, start_new_session=True)
         made.wait_for(lambda: all(daemon.poll() is None for daemon in made.daemons.values()), 1, "daemons that stay up")
         idle = dict.fromkeys(names, "idle")
-        made.wait_for(lambda: not subprocess.call(["scontrol", "ping"], env=made.environment, stdout=-3, stderr=-3), 30, "controller")
+        ping = {"args": ["scontrol", "ping"], "env": made.environment, "stdout": subprocess.DEVNULL}
+        made.wait_for(lambda: subprocess.call(**ping) == 0, 30, "controller")
         made.wait_for(lambda: made.states() == idle, 60, "idle nodes")
         yield made
     finally:
