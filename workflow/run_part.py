@@ -3,7 +3,6 @@
 Run by Snakemake (`script:`), which provides the global `snakemake`. No two parts make the same file.
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,7 +43,7 @@ def groups(p: dict) -> dict[str, list[TrainConfig]]:
     return found | {"tied_inner": tied[1:-1], "mlp": mlp}
 
 
-def train(p: dict, hook: str, group: str) -> Iterable[str]:
+def train(p: dict, hook: str, group: str) -> list[str]:
     """Train one group of notebook 02 at `hook`; the names of its dictionaries."""
     run, device, kept = paths.run_dir(p["profile"]), models.default_device(), {"outlier_factor": p["outlier_factor"]}
     folder, n_rows = run / "activations" / hook, p["mlp_rows"] if group == "mlp" else None
@@ -57,7 +56,7 @@ def train(p: dict, hook: str, group: str) -> Iterable[str]:
     return [row["name"] for row in made]
 
 
-def fit(p: dict, hook: str) -> Iterable[str]:
+def fit(p: dict, hook: str) -> list[str]:
     """Fit the independent components of notebook 03 at `hook`, at its main hook also those of other iterations."""
     run = paths.run_dir(p["profile"])
     train_store = store.ActivationStore(run / "activations" / hook, "train", outlier_factor=p["outlier_factor"])
@@ -76,7 +75,11 @@ def fit(p: dict, hook: str) -> Iterable[str]:
     return list(budgets)
 
 
+def make(p: dict, hook: str, group: str) -> list[str]:
+    """Make the part `group` at `hook`; the names of what it holds."""
+    return fit(p, hook) if group == "ica" else train(p, hook, group)
+
+
 if __name__ == "__main__":
     given, (hook, group) = snakemake.params.parameters, snakemake.wildcards  # noqa: F821
-    made = fit(given, hook) if group == "ica" else train(given, hook, group)
-    files.write_json(Path(snakemake.output[0]).resolve(), {"hook": hook, "made": made})  # noqa: F821
+    files.write_json(Path(snakemake.output[0]).resolve(), {"hook": hook, "made": make(given, hook, group)})  # noqa: F821
