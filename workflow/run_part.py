@@ -62,7 +62,7 @@ def fit(p: dict, hook: str) -> list[str]:
     train_store = store.ActivationStore(run / "activations" / hook, "train", outlier_factor=p["outlier_factor"])
     n, seed, tolerance = p["n_activations"], p["seed"], p["ica_tolerance"]
     budgets = {"ica_code": p["ica_iterations"]}
-    budgets |= {f"ica_{n}": n for n in p["other_iterations"] if hook == p["main_hook"]}
+    budgets |= {f"ica_{other}": other for other in p["other_iterations"] if hook == p["main_hook"]}
     for name, iterations in budgets.items():
 
         def make(iterations=iterations):
