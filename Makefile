@@ -34,6 +34,7 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	@touch $@
 
 $(VENV)/%-executor: $(VENV)/installed
+	@test -d workflow/executors/$* || { echo "error: no folder workflow/executors/$*; see docs/cluster.md"; exit 1; }
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-build-isolation -e '.[$*]'
 	@touch $@
 

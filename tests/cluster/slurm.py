@@ -17,7 +17,7 @@ from pathlib import Path
 
 SBIN = f"{os.environ['PATH']}{os.pathsep}/usr/sbin{os.pathsep}/sbin"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare")
-#: Proctrack and task plugins that need no control groups; a node that is silent for ten seconds counts as dead.
+#: Plugins that need no control groups; a node that is silent for twenty seconds counts as dead.
 CONFIGURATION = """
 ClusterName=loopback
 SlurmctldHost={host}(127.0.0.1)
@@ -37,7 +37,8 @@ MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
-SlurmdTimeout=10
+SlurmdTimeout=20
+MessageTimeout=60
 ReturnToService=2
 MinJobAge=3600
 """

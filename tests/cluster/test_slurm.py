@@ -62,7 +62,8 @@ def kept(data) -> dict:
         for path in sorted((data / top).rglob("*")):
             name = str(path.relative_to(data))
             if path.is_file() and not name.startswith(("runs/smoke/notebooks/", "runs/smoke/parts/")):
-                found[name] = timeless(json.loads(path.read_bytes())) if path.suffix == ".json" else path.read_bytes()
+                content = path.read_bytes()
+                found[name] = json.dumps(timeless(json.loads(content))) if path.suffix == ".json" else content
     for path in sorted((data / "runs/smoke/notebooks").glob("*.ipynb")):
         cells = [c for c in nbformat.read(path, 4).cells if "nbval-check-output" in c.metadata.get("tags", [])]
         found[path.name] = [json.dumps(cell.outputs) for cell in cells]
@@ -154,6 +155,6 @@ STAND_IN = {
     "  other_hooks: [blocks.1.hook_resid_post]\n  mlp_hook: blocks.1.mlp.hook_post\n  alphas":
     "  other_hooks: [blocks.1.hook_resid_post, blocks.1.hook_mlp_out, blocks.1.attn.hook_z]\n"
     "  mlp_hook: blocks.1.mlp.hook_post\n  alphas",
-    "mlp_ratios: [0.125]\n  mlp_rows": "mlp_ratios: [1.0]\n  mlp_rows",
-    "passes: 1\n03": "passes: 12\n03",
+    "mlp_ratios: [0.125]\n  mlp_rows": "mlp_ratios: [2.0]\n  mlp_rows",
+    "passes: 1\n03": "passes: 24\n03",
 }  # fmt: skip
