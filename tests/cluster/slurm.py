@@ -87,11 +87,11 @@ class Cluster:
         """State of each node, `idle`, `allocated`, `down*`, ..."""
         return dict(line.split() for line in self.call("sinfo", "-hN", "-o", "%N %T").splitlines())
 
-    def jobs(self, *options: str) -> list[dict]:
-        """All jobs, also finished ones: id, state, node, the rule's name, and start and end in seconds since 1970."""
+    def jobs(self) -> list[dict]:
+        """All jobs, also finished ones, as SLURM tells them; the comment holds the rule's name."""
         columns = ["JobID", "State", "NodeList", "Comment", "StartTime", "EndTime", "RestartCnt"]
         form = ",".join(f"{column}:|" for column in columns)
-        lines = self.call("squeue", "-h", "--states=all", "-O", form, *options).splitlines()
+        lines = self.call("squeue", "-h", "--states=all", "-O", form).splitlines()
         return [dict(zip(columns, line.split("|"), strict=False)) for line in lines]
 
 
@@ -99,10 +99,9 @@ class Cluster:
 def cluster(folder: Path, names: tuple[str, ...] = ("n1", "n2")):
     """Start the daemons in `folder`, yield the `Cluster` when all nodes are idle, and kill everything at the end."""
     host, user = socket.gethostname().split(".")[0], subprocess.check_output(["id", "-un"], text=True).strip()
-    free = [ExitStack().enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(1 + len(names))]
-    ports = [one.getsockname()[1] for one in free]
-    for one in free:
-        one.close()
+    with ExitStack() as stack:
+        free = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in ("controller", *names)]
+        ports = [one.getsockname()[1] for one in free]
     made = Cluster(folder, names)
     text = CONFIGURATION.format(host=host, user=user, folder=folder, port=ports[0])
     text += "".join(NODE.format(name=name, host=host, port=port) for name, port in zip(names, ports[1:], strict=True))
@@ -124,7 +123,6 @@ def cluster(folder: Path, names: tuple[str, ...] = ("n1", "n2")):
         made.start("slurmctld", "slurmctld", "-D")
         for name in names:
             made.start(name, "unshare", *apart, "slurmd", "-D", "-N", name, start_new_session=True)
-        made.wait_for(lambda: all(daemon.poll() is None for daemon in made.daemons.values()), 1, "daemons that stay up")
         idle = dict.fromkeys(names, "idle")
         ping = {"args": ["scontrol", "ping"], "env": made.environment, "stdout": subprocess.DEVNULL}
         made.wait_for(lambda: subprocess.call(**ping) == 0, 30, "controller")
