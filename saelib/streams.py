@@ -62,7 +62,7 @@ def _lines(path: Path) -> Iterator[bytes]:
         return
     with open(path, "rb") as file:
         frame, rest = None, b""
-        while block := file.read(2**20):
+        while block := file.read(2**17):
             while block:
                 frame = frame or zstandard.ZstdDecompressor().decompressobj()
                 *whole, rest = (rest + frame.decompress(block)).split(b"\n")

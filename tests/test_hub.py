@@ -35,7 +35,7 @@ def test_pythias_154_checkpoints():
 @pytest.mark.parametrize(
     "revision, near",
     [
-        ("step3", "step1, step2, step4, step8"),
+        ("step3", "step0, step1, step2, step4"),
         ("700", "step128, step256, step512, step1000"),
         ("step1499", "step256, step512, step1000, step2000"),
         ("step200000", "step140000, step141000, step142000, step143000"),
