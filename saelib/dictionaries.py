@@ -35,7 +35,7 @@ class Dictionary(nn.Module):
         """Move or convert all but the settings that are asked for at every call: reading them from a GPU would wait for it."""
         kept = {name: self._buffers[name] for name in ("k", "rectify") if name in self._buffers}
         super()._apply(fn, recurse)
-        self._buffers |= kept
+        self._buffers.update(kept)
         return self
 
     @property

@@ -105,5 +105,7 @@ def test_a_missing_and_a_gated_data_set_are_told_apart():
 
 
 def test_an_unreachable_model_is_explained_from_the_error_that_transformers_raises():
-    with pytest.raises(models.ModelError, match=r"'EleutherAI/pythia-70m-deduped' at revision 'step1000'.*HF_HUB_OFFLINE=0"):
+    with pytest.raises(
+        models.ModelError, match=r"'EleutherAI/pythia-70m-deduped' at revision 'step1000'.*HF_HUB_OFFLINE=0"
+    ):
         models.load_tokenizer("EleutherAI/pythia-70m-deduped@1000")
