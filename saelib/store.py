@@ -114,7 +114,8 @@ class ActivationStore:
         """One pass over all kept rows in random order, [size, d] each; the last incomplete batch is dropped.
 
         A permutation of all rows is drawn from `seed`; windows of it are gathered, one ahead in a thread, so memory is two
-        windows plus four bytes per row; `pin` as in `rows`. ``start`` skips that many batches and gives just what an undisturbed pass would.
+        windows plus four bytes per row; `pin` as in `rows`. ``start`` skips that many batches and gives just what an
+        undisturbed pass would.
         """
         order = torch.randperm(self.n, generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
         per_window = max(1, WINDOW // size) * size

@@ -1,5 +1,6 @@
 """Names with checkpoints, and what is said when the Hub does not give a model or a data set."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -77,21 +78,24 @@ class Response:
     headers, request, status_code, url = {}, None, 404, ""
 
 
-@pytest.mark.parametrize(
-    "error, what, told",
-    [
-        (raised(OSError("no"), errors.OfflineModeIsEnabled("off")), "model", r"HF_HUB_OFFLINE=0.*HF_HOME.*copy its folder here"),
-        (raised(OSError("no"), errors.LocalEntryNotFoundError("none")), "model", "HF_HUB_OFFLINE=0"),
-        (ConnectionError("Couldn't reach 'a/b' on the Hub (LocalEntryNotFoundError)"), "data set", "JSON lines with a 'text' field"),
-        (raised(OSError("no"), errors.GatedRepoError("no", response=Response())), "model", r"gated: accept its terms.*HF_TOKEN"),
-        (raised(OSError("no"), errors.RepositoryNotFoundError("no", response=Response())), "model", "no model of this name.*spelling"),
-        (raised(OSError("no"), errors.RevisionNotFoundError("no", response=Response())), "model", "this revision does not"),
-        (OSError("weights are missing"), "model", r"cannot load 'a/b' at revision 'r' \(OSError: weights are missing\).*whole model"),
-    ],
-)  # fmt: skip
-def test_an_error_of_the_hub_says_what_to_do(error, what, told):
-    import re
+def behind(cause: Exception) -> Exception:
+    return raised(OSError("no"), cause)
 
+
+ANSWER = Response()
+TOLD = [
+    (behind(errors.OfflineModeIsEnabled("off")), "model", r"HF_HUB_OFFLINE=0.*HF_HOME.*copy its folder here"),
+    (behind(errors.LocalEntryNotFoundError("none")), "model", r"HF_HUB_OFFLINE=0"),
+    (ConnectionError("Couldn't reach 'a/b' (LocalEntryNotFoundError)"), "data set", r"JSON lines with a 'text' field"),
+    (behind(errors.GatedRepoError("no", response=ANSWER)), "model", r"gated: accept its terms.*HF_TOKEN"),
+    (behind(errors.RepositoryNotFoundError("no", response=ANSWER)), "model", r"no model of this name.*spelling"),
+    (behind(errors.RevisionNotFoundError("no", response=ANSWER)), "model", r"this revision does not"),
+    (OSError("no weights"), "model", r"cannot load 'a/b' at revision 'r' \(OSError: no weights\).*whole model"),
+]
+
+
+@pytest.mark.parametrize("error, what, told", TOLD)
+def test_an_error_of_the_hub_says_what_to_do(error, what, told):
     assert re.search(told, hub.explain(error, "a/b", "r", what))
 
 

@@ -102,9 +102,10 @@ def test_a_truncated_zst_is_named_with_its_last_whole_line(tmp_path, tokenizer):
     path, whole = tmp_path / "a.jsonl.zst", zstandard.ZstdCompressor(level=1).compress(lines(RECORDS * 20))
     path.write_bytes(whole[: len(whole) // 2])
     read = []
-    with pytest.raises(corpus.CorpusError, match=r"a\.jsonl\.zst is truncated or damaged after line") as caught:
+    with pytest.raises(corpus.CorpusError, match=r"a\.jsonl\.zst is truncated or damaged after line [1-9]"):
         read.extend(one["text"] for one in streams.json_lines(path))
-    with pytest.raises(corpus.CorpusError, match=r"truncated.*Before it came"):
+    assert 0 < len(read) < 6000 and read == [one["text"] for one in RECORDS * 20][: len(read)]
+    with pytest.raises(corpus.CorpusError, match=rf"truncated.*Before it came {len(read):,} documents"):
         rows(tmp_path, path, tokenizer, n_train=100_000)
 
 
@@ -127,7 +128,7 @@ def test_a_hub_stream_that_breaks_names_the_record(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **b: Stream())
     found = streams.hub_documents("hub:a/b")
     assert [one["text"] for one in itertools.islice(found, 2)] == ["one", "two"]
-    with pytest.raises(corpus.CorpusError, match="after record 1: cannot load 'a/b'.*HF_HUB_OFFLINE"):
+    with pytest.raises(corpus.CorpusError, match=r"after record 1: cannot load 'a/b'.*HF_HUB_OFFLINE"):
         next(found)
 
 

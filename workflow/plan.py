@@ -109,7 +109,7 @@ def breaks(found: dict) -> str:
 
 def size(n: float) -> str:
     """Bytes for people."""
-    return f"{n / 1e12:,.1f} TB" if n >= 1e12 else f"{n / 1e9:,.0f} GB"
+    return f"{n / 1e12:,.1f} TB" if n >= 1e12 else f"{n / 1e9:,.1f} GB" if n < 1e10 else f"{n / 1e9:,.0f} GB"
 
 
 def number(value: float) -> str:
@@ -144,57 +144,78 @@ def markdown(frame: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def page() -> str:
-    """The whole of docs/plan.md."""
-    notes = [
-        pd.DataFrame([(name, f"{value:,g}", *rest) for name, (value, *rest) in values.items()], columns=columns)
-        for values, columns in (
-            (ASSUMED, ["assumption", "value", "unit", "why"]),
-            (MEASURED, ["rate", "value", "unit", "where"]),
-        )
-    ]
-    largest = costs(MODELS[-1], ACTIVATIONS[-1])
-    need = costs(MODELS[0], 1.0)
-    rate = 50e6 / costs(MODELS[0], 50e6)["harvest"] / 3600
-    return f"""# A plan on paper: past the laptop
+PAGE = """# A plan on paper: past the laptop
 
-Made by `python workflow/plan.py > docs/plan.md`; a test holds this page to that script. No GPU was at hand: every GPU figure here is
-arithmetic on the assumptions below, not a measurement. A job is one harvest of every layer and one sweep ({A["alphas"]} alphas at R = {A["ratio"]}) at each,
-one pass, trained one by one as the code does now. Dollars are for the harvest and the longer of sweep and reading.
+Made by `python workflow/plan.py > docs/plan.md`; a test holds this page to that script. No GPU was at hand: every GPU figure
+here is arithmetic on the assumptions below, not a measurement. A job is one harvest of every layer and one sweep ({alphas}
+alphas at R = {ratio}) at each, one pass, trained one by one as the code does now. Dollars are for the harvest and the longer of
+sweep and reading.
 
-{markdown(table())}
+{table}
 
-Every activation costs one token; all layers share one forward pass. A step costs five matrix products, `2 * 5 * R * d^2` operations per
-activation ({need["step"]:,.0f} at 70M); a harvest `2 * 12 * layers * d^2` and the attention.
+Every activation costs one token; all layers share one forward pass. A step costs five matrix products, `2 * 5 * R * d^2`
+operations per activation ({step:,.0f} at 70M); a harvest `2 * 12 * layers * d^2` and the attention.
 
 ## Assumptions
 
-{markdown(notes[0])}
+{assumptions}
 
 ## Measured on two cores
 
-{markdown(notes[1])}
+{measurements}
 
-A GPU at the assumed rate harvests 70M at {rate / 1e6:,.1f} million tokens per second, {rate / MEASURED["tokenising"][0]:,.0f} times what two cores tokenise, so there text is the bottleneck: tokenise once, to disk, on all cores (`tokens.safetensors` is that file), before the GPU is rented.
+A GPU at the assumed rate harvests 70M at {rate:,.1f} million tokens per second, {times:,.0f} times what two cores tokenise, so there text
+is the bottleneck: tokenise once, to disk, on all cores (`tokens.safetensors` is that file), before the GPU is rented.
 
 ## What breaks, in order
 
-1. **Token rows in memory.** `corpus.make_rows` holds ids and document numbers, 8 bytes per token: {8 * ACTIVATIONS[0] / 1e9:.1f} GB for 50 million, {8 * ACTIVATIONS[1] / 1e9:.0f} GB for a billion.
-   Replaced by writing rows as they fill and reading them through `mmap`; the parts of `saelib.streams` are most of it.
-2. **The store on one disk.** {size(largest["all"])} for a billion activations of 12B. Replaced by one layer at a time (a forward pass each), or by no store: a
-   buffer of some million activations in memory that a harvest fills and training empties. Resuming byte for byte then needs the harvest's
-   place in the text in every checkpoint.
-3. **The permutation of all rows.** 4 bytes per row, {size(4 * ACTIVATIONS[1])} for a billion, and single rows read from all over a disk once a layer no longer fits
-   the main memory that caches it. Replaced by a shuffle of the shards and, within a window of them, of the rows (the paper's code shuffles
-   within one 2 GiB chunk only).
-4. **Reading once per dictionary.** The alphas of a sweep are independent; trained side by side on the same batches they read once (the paper's code
-   does so by vmap). On two cores that gained nothing, on a GPU with small d it fills the device.
-5. **One GPU.** Layers and sites are jobs of their own already (`EXECUTOR=slurm`). Within one dictionary: data-parallel training by `torchrun`, an
-   all-reduce of the gradient, {size(4 * A["ratio"] * MODELS[-1].d ** 2)} at 12B and R = 2 per step, which at batches of some thousand activations is the limit; so larger batches first.
-6. **One dictionary on one GPU.** Weights, gradient and two moments take {4 * 4 * A["ratio"] * MODELS[-1].d ** 2 / 1e9:.1f} GB at 12B and R = 2, {4 * 4 * 32 * MODELS[-1].d ** 2 / 1e9:.0f} GB at R = 32: that is still one GPU. Beyond, features are
-   sharded: each GPU holds a block of rows, encodes with it, and the reconstructions are summed; TopK needs a second exchange for the
-   threshold.
+1. **Token rows in memory.** `corpus.make_rows` holds ids and document numbers, 8 bytes per token: {rows_few} for 50 million,
+   {rows_many} for a billion. Replaced by writing rows as they fill and reading them through `mmap`; the parts of
+   `saelib.streams` are most of it.
+2. **The store on one disk.** {store} for a billion activations of 12B. Replaced by one layer at a time (a forward pass each),
+   or by no store: a buffer of some million activations in memory that a harvest fills and training empties. Resuming byte
+   for byte then needs the harvest's place in the text in every checkpoint.
+3. **The permutation of all rows.** 4 bytes per row, {index} for a billion, and single rows read from all over a disk once a
+   layer no longer fits the main memory that caches it. Replaced by a shuffle of the shards and, within a window of them, of
+   the rows (the paper's code shuffles within one 2 GiB chunk only).
+4. **Reading once per dictionary.** The alphas of a sweep are independent; trained side by side on the same batches they read
+   once (the paper's code does so by vmap). On two cores that gained nothing; on a GPU with small d it fills the device.
+5. **One GPU.** Layers and sites are jobs of their own. Within one dictionary: data-parallel training by `torchrun`, an
+   all-reduce of the gradient per step ({gradient} at 12B and R = 2), which at batches of some thousand activations is the
+   limit; so larger batches first.
+6. **One dictionary on one GPU.** Weights, gradient and two moments take {whole} at 12B and R = 2, {whole_32} at R = 32: that is
+   still one GPU. Beyond, features are sharded: each GPU holds a block of rows, encodes with it, and the reconstructions are
+   summed; TopK needs a second exchange for the threshold.
 """
+
+
+def page() -> str:
+    """The whole of docs/plan.md."""
+    small, large, d = costs(MODELS[0], ACTIVATIONS[0]), costs(MODELS[-1], ACTIVATIONS[-1]), MODELS[-1].d
+    rate = ACTIVATIONS[0] / small["harvest"] / 3600
+
+    def notes(values: dict, *columns: str) -> str:
+        return markdown(
+            pd.DataFrame([(name, f"{v:,g}", *rest) for name, (v, *rest) in values.items()], columns=columns)
+        )
+
+    return PAGE.format(
+        alphas=A["alphas"],
+        ratio=A["ratio"],
+        table=markdown(table()),
+        step=small["step"],
+        assumptions=notes(ASSUMED, "assumption", "value", "unit", "why"),
+        measurements=notes(MEASURED, "rate", "value", "unit", "where"),
+        rate=rate / 1e6,
+        times=rate / MEASURED["tokenising"][0],
+        rows_few=size(8 * ACTIVATIONS[0]),
+        rows_many=size(8 * ACTIVATIONS[1]),
+        store=size(large["all"]),
+        index=size(large["index"]),
+        gradient=size(4 * A["ratio"] * d**2),
+        whole=size(large["dictionary"]),
+        whole_32=size(large["dictionary"] * 32 / A["ratio"]),
+    )
 
 
 if __name__ == "__main__":
