@@ -99,12 +99,13 @@ def test_enough_rows_before_a_broken_line_are_enough(tmp_path, tokenizer):
 
 
 def test_a_truncated_zst_is_named_with_its_last_whole_line(tmp_path, tokenizer):
-    path, whole = tmp_path / "a.jsonl.zst", zstandard.ZstdCompressor(level=1).compress(lines(RECORDS * 20))
+    path, texts = tmp_path / "a.jsonl.zst", [sentence(number, 40) for number in range(6000)]
+    whole = zstandard.ZstdCompressor(level=1).compress(lines([{"text": text} for text in texts]))
     path.write_bytes(whole[: len(whole) // 2])
     read = []
     with pytest.raises(corpus.CorpusError, match=r"a\.jsonl\.zst is truncated or damaged after line [1-9]"):
         read.extend(one["text"] for one in streams.json_lines(path))
-    assert 0 < len(read) < 6000 and read == [one["text"] for one in RECORDS * 20][: len(read)]
+    assert 0 < len(read) < 6000 and read == texts[: len(read)]
     with pytest.raises(corpus.CorpusError, match=rf"truncated.*Before it came {len(read):,} documents"):
         rows(tmp_path, path, tokenizer, n_train=100_000)
 
