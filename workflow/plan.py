@@ -165,7 +165,8 @@ operations per activation ({step:,.0f} at 70M); a harvest `2 * 12 * layers * d^2
 {measurements}
 
 A GPU at the assumed rate harvests 70M at {rate:,.1f} million tokens per second, {times:,.0f} times what two cores tokenise, so
-there text is the bottleneck: tokenise once, to disk, on all cores (`tokens.safetensors` is that file), before the GPU is rented.
+there text is the bottleneck: tokenise once, to disk, on all cores (`tokens.safetensors` is that file), before the GPU is
+rented.
 
 ## What breaks, in order
 
