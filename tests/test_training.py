@@ -132,7 +132,10 @@ def test_every_pass_of_every_seed_has_its_own_order(stores, harvested, tmp_path)
 # --- what is stale ---
 
 
-@pytest.mark.parametrize("changed", [{"lr": 1e-3}, {"passes": 2}, {"batch_size": 64}, {"decay": 0.5}, {"centre": True}])
+@pytest.mark.parametrize(
+    "changed",
+    [{"lr": 1e-3}, {"passes": 2}, {"batch_size": 64}, {"decay": 0.5}, {"centre": True}, {"frozen_step": True}],
+)
 def test_other_settings_have_a_file_of_their_own(stores, tmp_path, changed):
     train(*stores, SHORT, tmp_path)
     before, said, config = folder_digests(tmp_path), [], TrainConfig(**vars(SHORT) | changed)
@@ -398,6 +401,11 @@ def test_k_and_alpha_exclude_each_other(wrong):
 
 def test_the_name_tells_kind_ratio_alpha_and_seed():
     assert TrainConfig(ratio=0.5, alpha=3e-3, seed=2).name == "tied_r0.5_a0.003_s2"
+
+
+def test_a_step_counter_that_is_not_frozen_leaves_no_trace_so_that_older_dictionaries_stay_current(stores, tmp_path):
+    assert TrainConfig(lr=2e-3).name == "tied_r2_a0.001_s0_242f0b"  # as version 0.2.0 named it
+    assert "frozen_step" not in train(*stores, SHORT, tmp_path)[1]["spec"]["config"]
 
 
 def test_the_learning_rate_is_constant_by_default():
