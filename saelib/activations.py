@@ -112,16 +112,26 @@ def harvest(
                     tokens = getattr(rows, split)[first : min(first + BATCH, stop)]
 
                     def take(hook, values, place=first - start):
-                        values = values[:, first_position:]
+                        values, gpu = values[:, first_position:], values.is_cuda
                         if hook not in buffer:
                             shape = (rows_per_shard, *values.shape[1:])
-                            buffer[hook] = torch.empty(shape, dtype=dtype), torch.empty(shape[:2])
+                            buffer[hook] = tuple(
+                                torch.empty(size, dtype=kind, pin_memory=gpu)
+                                for size, kind in ((shape, dtype), (shape[:2], torch.float32))
+                            )
                         kept, norm = (whole[place : place + len(values)] for whole in buffer[hook])
-                        norm.copy_(kept.copy_(values).float().norm(dim=2))
+                        if gpu:  # queued behind the forward pass; waited for once per shard
+                            values = values.to(dtype)
+                            kept.copy_(values, non_blocking=True)
+                        else:
+                            values = kept.copy_(values)
+                        norm.copy_(values.float().norm(dim=2), non_blocking=gpu)
 
                     forward(tokens, take)
                     bar.update(tokens.numel())
 
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
                 name, n_rows = shard_name(split, number), stop - start
                 jobs = []
                 for hook in wanted:

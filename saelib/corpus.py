@@ -1,23 +1,20 @@
 """From text to token rows: read documents, keep them apart, split them into train and held-out, cut them into rows."""
 
 import hashlib
-import io
+import itertools
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import zstandard
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from saelib import files, sources
+from saelib import files, sources, streams
 from saelib.paths import RAW
-
-
-class CorpusError(ValueError):
-    """The text cannot give what was asked for; the message says how much there is."""
+from saelib.streams import CorpusError
 
 
 @dataclass(frozen=True)
@@ -37,26 +34,28 @@ class TokenRows:
     tokens_by_source: dict = field(default_factory=dict)
 
 
-def read_documents(text: str, raw: Path = RAW) -> Iterator[dict]:
-    """Yield ``{"source", "id", "text"}`` for each document of `text`, in a fixed order.
+def read_documents(text: str, raw: Path = RAW, *, start: int = 0) -> Iterator[dict]:
+    """Yield ``{"source", "id", "text"}`` for each document of `text` from number `start` on, in a fixed order.
 
     `text` is the name of a corpus in ``data/sources.yaml`` (read whole, in an order fixed by hash, so that every
     register comes early), the path of a ``.txt`` file or a folder of them (a document each), the path of a ``.jsonl``
-    or ``.jsonl.zst`` file with a ``text`` field, or ``hub:owner/name[:configuration][:split]`` (streamed).
+    or ``.jsonl.zst`` file with a ``text`` field, or ``hub:owner/name[:configuration][:split]``; the last two are streamed,
+    and may end with ``#L`` and a line number, see `saelib.streams`.
     """
-    corpora = sources.catalogue()["corpora"]
+    corpora, (text, _) = sources.catalogue()["corpora"], streams.split_line(text)
     if text in corpora:
         documents = [document for name in corpora[text] for document in sources.read_text(name, raw)]
-        return iter(sorted(documents, key=lambda document: _share(document, seed=0)))
+        documents = sorted(documents, key=lambda document: _share(document, seed=0))
+        return itertools.islice(documents, start, None)
     if text.startswith("hub:"):
-        return _read_hub(text)
+        return streams.hub_documents(text, start)
     path = Path(text).expanduser()
     if path.is_dir():
-        return map(_read_file, sorted(path.glob("*.txt")))
+        return itertools.islice(map(_read_file, sorted(path.glob("*.txt"))), start, None)
     if path.suffix == ".txt" and path.exists():
-        return iter([_read_file(path)])
+        return itertools.islice([_read_file(path)], start, None)
     if path.name.endswith((".jsonl", ".jsonl.zst")) and path.exists():
-        return _read_json_lines(path)
+        return streams.json_lines(path, start)
     raise CorpusError(
         f"no text at '{text}': known corpora are {', '.join(corpora)}; otherwise give an existing .txt, .jsonl or "
         ".jsonl.zst file, a folder of .txt files, or hub:owner/name"
@@ -70,41 +69,6 @@ def _read_file(path: Path) -> dict:
         raise CorpusError(f"{path} is not UTF-8 text ({error}); convert it first") from error
 
 
-def _read_json_lines(path: Path) -> Iterator[dict]:
-    """Records of a ``.jsonl`` or ``.jsonl.zst`` file, one line in memory at a time."""
-    with open(path, "rb") as raw:
-        stream = zstandard.ZstdDecompressor().stream_reader(raw) if path.suffix == ".zst" else raw
-        for number, line in enumerate(io.TextIOWrapper(stream, encoding="utf-8")):
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise CorpusError(f"{path}, line {number + 1} is not JSON: {error}") from error
-            yield _as_document(record, path.name, number)
-
-
-def _read_hub(text: str) -> Iterator[dict]:
-    """Stream a Hub data set, ``hub:owner/name[:configuration][:split]``, through `datasets`."""
-    from datasets import load_dataset
-
-    name, configuration, split, *_ = [*text.removeprefix("hub:").split(":"), None, None]
-    try:
-        stream = load_dataset(name, configuration or None, split=split or "train", streaming=True)
-    except Exception as error:  # the library raises many kinds for "not cached and no network"
-        raise CorpusError(
-            f"cannot open the Hub data set {name} ({type(error).__name__}: {error}). Without a network, save it as "
-            "JSON lines with a 'text' field and give that file's path instead"
-        ) from error
-    for number, record in enumerate(stream):
-        yield _as_document(record, name, number)
-
-
-def _as_document(record: dict, source: str, number: int) -> dict:
-    if not (isinstance(record, dict) and isinstance(record.get("text"), str)):
-        found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise CorpusError(f"{source}, record {number}: wants a field 'text' that holds text; it has {found}")
-    return {"source": source, "id": str(number), "text": record["text"]}
-
-
 def _share(document: dict, seed: int) -> float:
     """A number in [0, 1) that depends on the document's name and `seed` alone, not on its place in the corpus."""
     name = f"{seed}/{document['source']}/{document['id']}".encode()
@@ -114,6 +78,7 @@ def _share(document: dict, seed: int) -> float:
 def make_rows(
     documents: Iterable[dict],
     tokenizer,
+    held_out_documents: Iterable[dict] | None = None,
     *,
     context: int,
     n_train: int,
@@ -123,16 +88,20 @@ def make_rows(
     held_out_share: float = 0.1,
     seed: int = 0,
     read_all: bool = True,
+    keep: Path | None = None,
     spec: dict | None = None,
 ) -> TokenRows:
     """Tokenise documents, join them with `separator`, cut into rows of `context` tokens and take what is asked for.
 
     A document belongs to the held-out split with probability `held_out_share`, decided by a hash of its name, so no
-    document feeds both. With ``row_starts_with_separator`` the first token of each row is the separator (it serves
-    as BOS and its position is left out of the activations); the paper's code has no such token. Rows are permuted by
-    `seed`; with ``read_all=False`` reading stops as soon as both splits are filled (streams).
+    document feeds both; or the held-out ones come from `held_out_documents`, and `documents` are all for training. With
+    ``row_starts_with_separator`` the first token of each row is the separator (it serves as BOS and its position is left
+    out of the activations); the paper's code has no such token. Rows are permuted by `seed`; with ``read_all=False``
+    reading stops as soon as both splits are filled (streams), and ids are kept below the folder `keep`, so that a broken
+    run goes on where it broke.
 
-    Sizes `n_train` and `n_held_out` are in rows. Raises `CorpusError` when the text holds fewer: nothing is repeated.
+    Sizes `n_train` and `n_held_out` are in rows. Raises `CorpusError` when the text holds fewer: nothing is repeated. So it
+    does when the text is broken before there are enough; the error says how much came before.
     """
     mark = tokenizer.convert_tokens_to_ids(separator)
     if mark is None or tokenizer.convert_ids_to_tokens(mark) != separator:
@@ -143,23 +112,29 @@ def make_rows(
     wanted = {"train": n_train * body, "held_out": n_held_out * body}
     tokens, owners = {"train": [], "held_out": []}, {"train": [], "held_out": []}
     have, names, by_source = {"train": 0, "held_out": 0}, [], {}
-    # the backend does not warn about its model's length (nothing is cut here), and what looks like a special token in a
-    # text is text
-    tokenizer.backend_tokenizer.encode_special_tokens = True
-    encode = tokenizer.backend_tokenizer.encode_batch
-    for batch in _batches(tqdm(documents, desc="tokenise", unit="doc", mininterval=0.5), 64):
-        for document, encoding in zip(batch, encode([d["text"] for d in batch], add_special_tokens=False), strict=True):
-            if not encoding.ids:
-                continue  # an empty document holds no tokens; it is not an error and leaves no separator
-            split = "held_out" if _share(document, seed + 1) < held_out_share else "train"
-            ids = [*encoding.ids, mark]
-            tokens[split].append(torch.tensor(ids, dtype=torch.int32))
-            owners[split].append(torch.full((len(ids),), len(names), dtype=torch.int32))
-            names.append(f"{document['source']}/{document['id']}")
-            have[split] += len(ids)
-            by_source[document["source"]] = by_source.get(document["source"], 0) + len(ids)
-        if not read_all and all(have[split] >= wanted[split] for split in wanted):
-            break
+    end = torch.tensor([mark], dtype=torch.int32)
+    parts = {"all": documents} if held_out_documents is None else {"train": documents, "held_out": held_out_documents}
+    for part, items in parts.items():
+        fills, folder = (part,) if part in wanted else tuple(wanted), keep / part if keep else None
+        items = tqdm(items, desc="tokenise", unit="doc", mininterval=0.5)
+        try:
+            for document, ids in streams.tokenised(items, tokenizer, folder):
+                if not len(ids):
+                    continue  # an empty document holds no tokens; it is not an error and leaves no separator
+                split = part
+                if part == "all":
+                    split = "held_out" if _share(document, seed + 1) < held_out_share else "train"
+                tokens[split].append(torch.cat([ids, end]))
+                owners[split].append(torch.full((len(ids) + 1,), len(names), dtype=torch.int32))
+                names.append(f"{document['source']}/{document['id']}")
+                have[split] += len(ids) + 1
+                by_source[document["source"]] = by_source.get(document["source"], 0) + len(ids) + 1
+                if not read_all and all(have[each] >= wanted[each] for each in fills):
+                    break
+        except CorpusError as error:
+            before = " and ".join(f"{have[each] // body:,} of {wanted[each] // body:,} {each} rows" for each in wanted)
+            kept = f", kept in {keep}: reading goes on there" if keep else ""
+            raise CorpusError(f"{error}. Before it came {len(names):,} documents, enough for {before}{kept}") from error
     rows = {}
     for split, n_rows in (("train", n_train), ("held_out", n_held_out)):
         available = have[split] // body
@@ -179,29 +154,19 @@ def make_rows(
     return TokenRows(**rows, spec=spec or {}, documents=names, tokens_by_source=by_source)
 
 
-def _batches(items: Iterable, size: int) -> Iterator[list]:
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
 def token_rows(folder: Path, text: str, tokenizer, *, model: str, raw: Path = RAW, **settings) -> TokenRows:
     """`make_rows` of `text`, cached in ``folder/tokens.safetensors``; made anew when `settings` differ.
 
     `settings` are the keyword arguments of `make_rows`. The specification names the text's hashes, so that a changed
     source or file is noticed.
     """
-    listed = sources.catalogue()
-    if text in listed["corpora"]:
-        origin = {name: listed["texts"][name]["sha256"] for name in listed["corpora"][text]}
+    listed, (own, line) = sources.catalogue(), streams.split_line(text)
+    whole = own in listed["corpora"]
+    if whole:
+        origin = {name: listed["texts"][name]["sha256"] for name in listed["corpora"][own]}
         origin["reader"] = sources.READER_VERSION
     else:
-        path = Path(text).expanduser()
+        path = Path(own).expanduser()
         parts = sorted(path.glob("*.txt")) if path.is_dir() else [path] if path.exists() else []
         origin = {part.name: files.sha256(part) for part in parts}
     spec = {"text": text, "origin": origin, "model": model, **settings}
@@ -211,11 +176,15 @@ def token_rows(folder: Path, text: str, tokenizer, *, model: str, raw: Path = RA
         if stored["spec"] == json.loads(json.dumps(spec)):
             meta = {name: stored[name] for name in ("spec", "documents", "tokens_by_source")}
             return TokenRows(**load_file(table), **meta)
-    settings = {"read_all": text in listed["corpora"], **settings}
-    rows = make_rows(read_documents(text, raw), tokenizer, spec=spec, **settings)
+    settings = {"read_all": whole, "keep": None if whole else folder / "tokens.parts", **settings}
+    documents, held_out = read_documents(text, raw), None
+    if line is not None:
+        documents, held_out = itertools.islice(documents, line), read_documents(text, raw, start=line)
+    rows = make_rows(documents, tokenizer, held_out, spec=spec, **settings)
     head.unlink(missing_ok=True)  # the head is written last: without it the table does not count
     parts = {name: getattr(rows, name).contiguous() for name in ("train", "held_out", "train_doc", "held_out_doc")}
     with files.atomic(table) as temporary:
         save_file(parts, temporary)
     files.write_json(head, {"spec": spec, "documents": rows.documents, "tokens_by_source": rows.tokens_by_source})
+    shutil.rmtree(folder / "tokens.parts", ignore_errors=True)
     return rows

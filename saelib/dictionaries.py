@@ -31,6 +31,13 @@ class Dictionary(nn.Module):
         self.register_buffer("mean", torch.zeros(d))
         self.register_buffer("scale", torch.ones(()))
 
+    def _apply(self, fn, recurse: bool = True):
+        """Move or convert all but the settings that are asked for at every call: reading them from a GPU would wait for it."""
+        kept = {name: self._buffers[name] for name in ("k", "rectify") if name in self._buffers}
+        super()._apply(fn, recurse)
+        self._buffers.update(kept)
+        return self
+
     @property
     def directions(self) -> Tensor:
         """Unit-norm rows [n_features, d]: what each feature writes."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from saelib import sources
+from saelib import hub, sources
 from saelib.paths import RAW
 
 #: The hooks that can be harvested, with the component whose input or output each one is.
@@ -47,12 +47,12 @@ def as_dtype(name: str, device: torch.device | str = "cpu") -> torch.dtype:
     return fast_dtype(device) if name == "auto" else getattr(torch, name)
 
 
-def locate(name: str, raw: Path = RAW) -> str:
-    """What `transformers` must be given for `name`: a folder (bundled or local) or a Hub name.
+def locate(name: str, raw: Path = RAW, revision: str | None = None) -> str:
+    """What `transformers` must be given for `name` (see `saelib.hub`): a folder (bundled or local) or a Hub name.
 
-    Raises `ModelError` for a folder that is not there.
+    Raises `ModelError` for a folder or a checkpoint that is not there.
     """
-    bundled = sources.catalogue()["models"]
+    name, bundled = _parse(name, revision).place, sources.catalogue()["models"]
     if name in bundled:
         return str(sources.fetch_model(name, raw))
     path = Path(name).expanduser()
@@ -66,25 +66,71 @@ def locate(name: str, raw: Path = RAW) -> str:
     return name
 
 
-def read_pretrained(loader, name: str, raw: Path, **options):
-    """``loader.from_pretrained`` with our names, no remote code, and an error that says what to do offline."""
+def _parse(name: str, revision: str | None = None) -> hub.ModelName:
+    try:
+        return hub.parse(name, revision)
+    except hub.HubError as error:
+        raise ModelError(str(error)) from error
+
+
+def read_pretrained(loader, name: str, raw: Path, revision: str | None = None, **options):
+    """``loader.from_pretrained`` with our names, no remote code, and an error that says what to do; a model whose name asks
+    for it comes with centred writes."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # a second of loading; our own bars show what takes long
+    parts, place = _parse(name, revision), locate(name, raw, revision)
     try:
-        return loader.from_pretrained(locate(name, raw), trust_remote_code=False, **options)
+        found = loader.from_pretrained(place, trust_remote_code=False, revision=parts.revision or "main", **options)
     except OSError as error:
-        raise ModelError(
-            f"cannot load '{name}' ({str(error).splitlines()[0]}). Without a network, download the model on another "
-            "machine, copy its folder here and give the folder's path as the model's name"
-        ) from error
+        raise ModelError(hub.explain(error, place, parts.revision)) from error
+    if parts.centred and isinstance(found, torch.nn.Module):
+        centre_writes(found, adapter_of(name, found.config, raw, revision))
+    return found
+
+
+@torch.no_grad()
+def centre_writes(model: torch.nn.Module, adapter) -> None:
+    """Put the residual stream of `model` into the paper's coordinates: zero mean over the coordinates, at every position.
+
+    Every matrix and bias that writes into the stream (embedding, attention output, MLP output) loses its mean over the
+    stream's coordinates, as TransformerLens does by default (``center_writing_weights``, in use in the paper's code).
+    Every reader begins with a layer norm, which takes that mean off itself: the logits stay what they were. So the plain
+    model of `transformers` runs in these coordinates in every notebook, and agrees with a bridge in compatibility mode.
+
+    Raises `ModelError`, naming the module, for a model in which that would change the logits (RMS norm, tied embedding) or
+    whose writers are of another form.
+    """
+    norms = [name for name, module in model.named_modules() if "norm" in type(module).__name__.lower()]
+    others = [name for name in norms if not isinstance(model.get_submodule(name), torch.nn.LayerNorm)]
+    if others or not norms or model.config.tie_word_embeddings:
+        what = (
+            f"'{others[0]}' is no layer norm"
+            if others
+            else "its embedding is tied"
+            if norms
+            else "it has no layer norm"
+        )
+        raise ModelError(f"the writes of this model cannot be centred: {what}; leave out 'centred:'")
+    blocks = range(model.config.num_hidden_layers)
+    writers = [
+        "embed",
+        *(f"blocks.{number}.{part}.{end}" for number in blocks for part, end in (("attn", "o"), ("mlp", "out"))),
+    ]
+    for path in writers:
+        module = adapter.get_component(model, path)
+        if not isinstance(module, torch.nn.Embedding | torch.nn.Linear):
+            raise ModelError(f"the writes of this model cannot be centred: {path} is a {type(module).__name__}")
+        along = 1 if isinstance(module, torch.nn.Embedding) else 0
+        for weight in filter(lambda value: value is not None, (module.weight, getattr(module, "bias", None))):
+            weight -= weight.double().mean(along, keepdim=True).to(weight.dtype)
 
 
 def load_tokenizer(name: str, raw: Path = RAW, revision: str | None = None):
     """The model's fast tokenizer."""
     from transformers import AutoTokenizer
 
-    return read_pretrained(AutoTokenizer, name, raw, revision=revision or "main")
+    return read_pretrained(AutoTokenizer, name, raw, revision)
 
 
 def load_model(
@@ -100,17 +146,17 @@ def load_model(
 
     Parameters
     ----------
-    name : a bundled model of ``data/sources.yaml``, a local folder, or a Hub name.
+    name : a bundled model of ``data/sources.yaml``, a local folder, or a Hub name; see `saelib.hub` for checkpoints.
     compatibility : fold the layer norms and centre the writing weights, the paper's coordinates (paper, App. B; its
         code used TransformerLens' default processing). Off: the raw coordinates of the model's own code.
     """
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoModelForCausalLM
 
-    model = read_pretrained(AutoModelForCausalLM, name, raw, dtype=dtype, revision=revision or "main")
+    model = read_pretrained(AutoModelForCausalLM, name, raw, revision, dtype=dtype)
     tokenizer, model = load_tokenizer(name, raw, revision), model.to(device)
     bridge = TransformerBridge.boot_transformers(
-        locate(name, raw), hf_model=model, tokenizer=tokenizer, dtype=dtype, device=str(device)
+        locate(name, raw, revision), hf_model=model, tokenizer=tokenizer, dtype=dtype, device=str(device)
     )
     if compatibility:
         bridge.enable_compatibility_mode(disable_warnings=True)
@@ -146,17 +192,15 @@ def bare_forward(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = read_pretrained(AutoConfig, name, raw, revision=revision or "main")
+    config = read_pretrained(AutoConfig, name, raw, revision)
     places = {hook: parse_hook(hook, config.num_hidden_layers) for hook in hooks}
     config.num_hidden_layers = 1 + max(layer for layer, _ in places.values())
     with _quiet_loading():
-        model = read_pretrained(
-            AutoModelForCausalLM, name, raw, config=config, dtype=dtype, revision=revision or "main"
-        )
+        model = read_pretrained(AutoModelForCausalLM, name, raw, revision, config=config, dtype=dtype)
     model.to(device).eval()
     if alter:
         alter(model)
-    adapter = adapter_of(name, config, raw)
+    adapter = adapter_of(name, config, raw, revision)
     listener: list[Take] = []
 
     def at(hook: str, what: str):
@@ -189,7 +233,7 @@ def _module_behind(adapter, model, layer: int, site: str):
     return adapter.get_component(model, f"blocks.{layer}{path}"), what
 
 
-def adapter_of(name: str, config, raw: Path):
+def adapter_of(name: str, config, raw: Path, revision: str | None = None):
     """TransformerLens' adapter for this architecture (it knows the module behind each hook), from a bridge without weights."""
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoModelForCausalLM
@@ -197,9 +241,9 @@ def adapter_of(name: str, config, raw: Path):
     with torch.device("meta"):
         # a copy: the bridge switches the config that it is given to eager attention, which is slower
         empty = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    tokenizer = load_tokenizer(name, raw)
+    tokenizer = load_tokenizer(name, raw, revision)
     return TransformerBridge.boot_transformers(
-        locate(name, raw), hf_model=empty, tokenizer=tokenizer, device="meta"
+        locate(name, raw, revision), hf_model=empty, tokenizer=tokenizer, device="meta"
     ).adapter
 
 

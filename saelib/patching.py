@@ -44,11 +44,11 @@ def load(
     """The model `name` (as for `models.load_model`) in its raw coordinates, ready for `Tail` at any layer."""
     from transformers import AutoModelForCausalLM
 
-    model = models.read_pretrained(AutoModelForCausalLM, name, models.RAW, dtype=dtype, revision=revision or "main")
+    model = models.read_pretrained(AutoModelForCausalLM, name, models.RAW, revision, dtype=dtype)
     model = model.to(device).eval().requires_grad_(False)
     # a slice of the last position is not contiguous, for which the unembedding would be done prompt by prompt
     model.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(),))
-    adapter = models.adapter_of(name, model.config, models.RAW)
+    adapter = models.adapter_of(name, model.config, models.RAW, revision)
     blocks = [adapter.get_component(model, f"blocks.{number}") for number in range(model.config.num_hidden_layers)]
     return LanguageModel(name, model, blocks)
 

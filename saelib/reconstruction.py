@@ -70,9 +70,9 @@ def losses_under(
 
     if tokens.shape[1] < first_position + 2:
         raise models.ModelError(f"rows of {tokens.shape[1]} tokens leave nothing to predict from {first_position} on")
-    model = models.read_pretrained(AutoModelForCausalLM, name, models.RAW, dtype=dtype, revision=revision or "main")
+    model = models.read_pretrained(AutoModelForCausalLM, name, models.RAW, revision, dtype=dtype)
     layer, site = models.parse_hook(hook, model.config.num_hidden_layers)
-    adapter = models.adapter_of(name, model.to(device).eval().config, models.RAW)
+    adapter = models.adapter_of(name, model.to(device).eval().config, models.RAW, revision)
     module, what = models._module_behind(adapter, model, layer, site)
     unchanged = range(layer + (site == "hook_resid_post"))
     memory = _run_once([adapter.get_component(model, f"blocks.{number}") for number in unchanged])

@@ -87,15 +87,16 @@ class ActivationStore:
         files.write_json(cached, {"shards": shards, "scale": scale, "mean": mean.tolist()})
         return mean.float(), scale
 
-    def rows(self, index: torch.Tensor) -> torch.Tensor:
+    def rows(self, index: torch.Tensor, *, pin: bool = False) -> torch.Tensor:
         """Activations [len(index), d] of the kept rows `index`, in that order, in the stored dtype.
 
-        Reads shard by shard, so that no more than one shard is mapped at a time.
+        Reads shard by shard, so that no more than one shard is mapped at a time. With `pin` into page-locked memory, from
+        which a GPU reads by itself.
         """
         place = index if self.kept is None else self.kept[index]
         place, order = place.sort()
         bounds = torch.searchsorted(place, self.starts)
-        result = torch.empty(len(index), self.d, dtype=self.dtype)
+        result = torch.empty(len(index), self.d, dtype=self.dtype, pin_memory=pin)
         for number, path in enumerate(self.shards):
             first, last = bounds[number].item(), bounds[number + 1].item()
             if first < last:
@@ -109,11 +110,12 @@ class ActivationStore:
         for start in range(0, end, size):
             yield self.rows(torch.arange(start, min(end, start + size)))
 
-    def batches(self, size: int, *, seed: int, start: int = 0) -> Iterator[torch.Tensor]:
+    def batches(self, size: int, *, seed: int, start: int = 0, pin: bool = False) -> Iterator[torch.Tensor]:
         """One pass over all kept rows in random order, [size, d] each; the last incomplete batch is dropped.
 
         A permutation of all rows is drawn from `seed`; windows of it are gathered, one ahead in a thread, so memory is two
-        windows plus four bytes per row. ``start`` skips that many batches and gives just what an undisturbed pass would.
+        windows plus four bytes per row; `pin` as in `rows`. ``start`` skips that many batches and gives just what an
+        undisturbed pass would.
         """
         order = torch.randperm(self.n, generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
         per_window = max(1, WINDOW // size) * size
@@ -121,7 +123,7 @@ class ActivationStore:
         firsts = list(range(start * size, end, per_window))
 
         def gather(first: int) -> torch.Tensor:
-            return self.rows(order[first : min(end, first + per_window)].long())
+            return self.rows(order[first : min(end, first + per_window)].long(), pin=pin)
 
         with ThreadPoolExecutor(1) as pool:
             ahead = pool.submit(gather, firsts[0]) if firsts else None

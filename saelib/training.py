@@ -33,7 +33,7 @@ class TrainConfig:
     ratio : n_features / d [0.5 to 8; 2 in Figure 2].
     alpha : weight of the L1 term on the code's scale, see `losses.sae_loss` [8.577e-4 residual, 3.162e-4 MLP, for
         activations in the model's units; here activations are scaled to a mean square of 1 per coordinate]. 0 for "topk".
-    lr : Adam's learning rate [1e-3 nominal]. Betas 0.9 and 0.999, eps 1e-8, a correct step counter.
+    lr : Adam's learning rate [1e-3 nominal]. Betas 0.9 and 0.999, eps 1e-8.
     batch_size : activations per step [1024 or 2048].
     passes : passes over the activations [1, over 21 million].
     warmup_steps, decay : linear warm-up, and the share of all steps at the end over which the rate falls to 0 [0, 0].
@@ -41,6 +41,7 @@ class TrainConfig:
     scale : divide by the root mean square per coordinate [False].
     seed : of the initial weights and of the order of the activations.
     k : active features of "topk", 0 for the others [not in the paper].
+    frozen_step : leave Adam's step counter at its start, the defect of the paper's code (see `steps.step`) [True in effect].
     """
 
     kind: str = "tied"
@@ -55,6 +56,7 @@ class TrainConfig:
     scale: bool = True
     seed: int = 0
     k: int = 0
+    frozen_step: bool = False
 
     def __post_init__(self):
         if self.kind not in dictionaries.KINDS:
@@ -80,6 +82,11 @@ class TrainConfig:
         return f"{stem}_{files.key(others)[:6]}" if others else stem
 
 
+def settings(config: TrainConfig) -> dict:
+    """The fields of `config`; ``frozen_step`` only where it is on, so that dictionaries from before it stay current."""
+    return {name: value for name, value in asdict(config).items() if name != "frozen_step" or value}
+
+
 def learning_rate(step: int, total: int, config: TrainConfig) -> float:
     """The rate at `step` (from 0) of `total`: linear warm-up, constant, linear decay to 0."""
     rise = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
@@ -98,7 +105,7 @@ def specification(
     """All that the written bytes depend on: settings, the manifests of both stores and our version."""
     return {
         "saelib": saelib.__version__,
-        "config": asdict(config),
+        "config": settings(config),
         "dtype": str(dtype).removeprefix("torch."),
         "evaluations_per_pass": evaluations_per_pass,
         "activations": files.key(store.manifest),
@@ -160,10 +167,10 @@ def train(
             epoch, within = divmod(step, per_pass)
             # a new order in each pass; the paper's code reuses one permutation for every chunk
             seed = config.seed * 1_000_003 + epoch
-            for x in store.batches(config.batch_size, seed=seed, start=within):
+            for x in store.batches(config.batch_size, seed=seed, start=within, pin=dictionary.mean.is_cuda):
                 x = dictionary.standardise(x.to(device, non_blocking=True))
                 rate = learning_rate(step, total, config)
-                found = steps.step(dictionary, optimiser, x, config.alpha, dtype, rate)
+                found = steps.step(dictionary, optimiser, x, config.alpha, dtype, rate, config.frozen_step)
                 step += 1
                 errors.append(found["error"])
                 if step % LOG_EVERY == 0 or step == total:
@@ -220,7 +227,7 @@ def sweep(
     configs = list(configs)
     for number, config in enumerate(configs, start=1):
         _, about = train(store, held_out, config, folder, position=f"{number}/{len(configs)} ", **options)
-        rows.append({"name": config.name, "hook": store.hook, **asdict(config), **about["metrics"]})
+        rows.append({"name": config.name, "hook": store.hook, **settings(config), **about["metrics"]})
     return rows
 
 

@@ -232,7 +232,9 @@ def test_an_unknown_text_lists_what_can_be_given(text):
 
 
 def test_a_hub_data_set_without_network_says_what_to_do():
-    with pytest.raises(corpus.CorpusError, match=r"nobody/no-such-set .*JSON lines with a 'text' field"):
+    with pytest.raises(
+        corpus.CorpusError, match=r"nobody/no-such-set' .*HF_HUB_OFFLINE=0.*HF_HOME.*JSON lines with a 'text' field"
+    ):
         list(corpus.read_documents("hub:nobody/no-such-set"))
 
 

@@ -189,3 +189,12 @@ def test_a_dictionary_is_found_by_its_settings(tmp_path):
     assert torch.equal(found.weight, made.weight) and about["spec"]["config"]["seed"] == 1
     with pytest.raises(MissingArtefact, match="Notebook 02"):
         dictionaries.find(tmp_path, seed=2)
+
+
+def test_settings_asked_for_at_every_call_stay_on_the_host():
+    """A number on a GPU costs a wait at each reading; the meta device stands for one."""
+    for made, names in ((dictionaries.TopKSAE(8, 4, k=3), ["k"]), (dictionaries.Linear(8, 4), ["k", "rectify"])):
+        moved = made.to("meta")
+        assert moved.mean.device.type == "meta"
+        assert all(getattr(moved, name).device.type == "cpu" for name in names)
+    assert int(dictionaries.TopKSAE(8, 4, k=3).double().k) == 3

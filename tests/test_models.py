@@ -133,3 +133,37 @@ def test_alter_changes_the_weights_before_anything_runs(llama, rows, llama_forwa
     assert torch.equal(altered, same)  # block 0 comes before what was silenced
     deeper = models.bare_forward(llama, [RESIDUAL], alter=silence)(rows.held_out[:2].long())[RESIDUAL]
     assert not torch.allclose(deeper, llama_forward(rows.held_out[:2].long())[RESIDUAL])
+
+
+def whole_logits(folder: str, tokens: torch.Tensor) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    with torch.inference_mode():
+        return models.read_pretrained(AutoModelForCausalLM, folder, models.RAW).eval()(tokens.long()).logits
+
+
+def test_compatibility_mode_changes_the_logits_by_a_constant_per_position_at_most(neox, rows):
+    tokens = rows.train[:4].long()
+    with torch.inference_mode():
+        paper = models.load_model(neox, compatibility=True)(tokens)
+    difference = paper - whole_logits(neox, tokens)
+    assert (difference - difference.mean(-1, keepdim=True)).abs().max() < 1e-4 * paper.std()
+
+
+def test_centred_writes_give_the_coordinates_of_compatibility_mode_on_every_path(neox, rows):
+    """What the paper profiles use: the bridge in 01, the plain model of transformers in 02, 04 and 05."""
+    centred, tokens = f"centred:{neox}", rows.train[:4]
+    hooks = ["blocks.0.hook_resid_post", "blocks.1.hook_mlp_out", "blocks.1.hook_resid_post"]
+    plain = models.bare_forward(centred, hooks)(tokens)
+    bridge = models.bridge_forward(models.load_model(centred, compatibility=True), hooks)(tokens)
+    paper = models.bridge_forward(models.load_model(neox, compatibility=True), hooks)(tokens)
+    for hook in hooks:
+        assert plain[hook].mean(-1).abs().max() < 1e-5 < plain[hook].std()
+        torch.testing.assert_close(plain[hook], paper[hook], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(bridge[hook], paper[hook], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(whole_logits(centred, tokens), whole_logits(neox, tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_writes_of_a_model_without_layer_norm_are_not_centred(llama):
+    with pytest.raises(models.ModelError, match=r"cannot be centred: '.*norm' is no layer norm; leave out 'centred:'"):
+        models.bare_forward(f"centred:{llama}", [RESIDUAL])

@@ -15,7 +15,7 @@ from saelib.paths import RAW, ROOT
 
 pytestmark = pytest.mark.pipeline
 STEMS = ["00_overview", "01_collect_activations", "02_train_dictionaries", "03_baselines", "04_autointerp", "05_ioi"]
-STEMS += ["06_case_studies"]
+STEMS += ["06_case_studies", "07_verdict"]
 
 
 def command_line(data: Path, profile: str, *extra: str) -> dict:

@@ -143,3 +143,36 @@ print(torch.get_num_threads())
     environment = os.environ | {"NUMBA_NUM_THREADS": "2"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.stdout.strip() == "1", done.stderr
+
+
+def test_a_frozen_step_counter_gives_the_rates_of_the_papers_code(monkeypatch):
+    """Under a constant gradient, update / lr as measured with the original's optimiser (PAPER.md, 2.4)."""
+
+    def constant(dictionary, x, *rest):
+        for parameter in dictionary.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        return {"error": x.sum(), "code": x}
+
+    monkeypatch.setattr(steps, "hand_gradient", constant)
+    one = dictionaries.TiedSAE(2, 2).double()
+    optimiser, moved = steps.adam(one, LR), []
+    for _ in range(3000):
+        before = one.bias.detach().clone()
+        steps.step(one, optimiser, torch.zeros(1, 2).double(), ALPHA, torch.float64, LR, frozen_step=True)
+        moved.append((before - one.bias.detach())[0].item() / LR)
+    assert max(moved) == pytest.approx(2.06, abs=0.01) and 5 < moved.index(max(moved)) < 15
+    for number, expected in ((1, 1.0), (100, 1.0), (500, 0.5), (1000, 0.4), (3000, 0.324)):
+        assert moved[number - 1] == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["tied", "standard"])
+def test_a_frozen_step_counter_does_the_same_to_sparse_and_dense_steps(kind, monkeypatch):
+    (one, mine), (two, theirs), x = pair(kind)
+    for _ in range(5):
+        steps.step(one, mine, x, ALPHA, torch.float32, LR, frozen_step=True)
+    monkeypatch.setattr(steps, "LAYOUT", {})  # dense steps only
+    for _ in range(5):
+        steps.step(two, theirs, x, ALPHA, torch.float32, LR, frozen_step=True)
+    for value, expected in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-5)
+    assert {float(state["step"]) for state in mine.state.values()} == {1.0}

@@ -1,5 +1,6 @@
 """Training: it learns, is done once, survives any interruption to the byte, and stops where the loss is lost."""
 
+import errno
 import json
 import re
 import signal
@@ -131,7 +132,10 @@ def test_every_pass_of_every_seed_has_its_own_order(stores, harvested, tmp_path)
 # --- what is stale ---
 
 
-@pytest.mark.parametrize("changed", [{"lr": 1e-3}, {"passes": 2}, {"batch_size": 64}, {"decay": 0.5}, {"centre": True}])
+@pytest.mark.parametrize(
+    "changed",
+    [{"lr": 1e-3}, {"passes": 2}, {"batch_size": 64}, {"decay": 0.5}, {"centre": True}, {"frozen_step": True}],
+)
 def test_other_settings_have_a_file_of_their_own(stores, tmp_path, changed):
     train(*stores, SHORT, tmp_path)
     before, said, config = folder_digests(tmp_path), [], TrainConfig(**vars(SHORT) | changed)
@@ -338,6 +342,26 @@ def test_a_huge_learning_rate_stops_training_by_its_step(stores, tmp_path, kind)
 # --- settings ---
 
 
+def test_a_full_disk_leaves_no_half_dictionary_and_the_next_call_ends_with_the_same_bytes(
+    stores, tmp_path, monkeypatch
+):
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dictionaries, "save_file", full)
+        with pytest.raises(
+            files.DiskFull, match=rf"{SHORT.name}\.safetensors: free some space and run the same command"
+        ):
+            train(*stores, SHORT, tmp_path / "full", checkpoint_every=50)
+    (kept,) = (tmp_path / "full").iterdir()
+    assert kept.name == f"{SHORT.name}.checkpoint.safetensors" and checkpoint_head(kept)["step"] == 100
+    for name in ("full", "undisturbed"):
+        train(*stores, SHORT, tmp_path / name, checkpoint_every=50)
+    assert folder_digests(tmp_path / "full") == folder_digests(tmp_path / "undisturbed")
+
+
 def test_a_batch_larger_than_the_store_is_refused_with_both_numbers(stores, tmp_path):
     with pytest.raises(TrainingError, match="batch_size 601 is more than the 600 activations") as caught:
         train(*stores, TrainConfig(batch_size=601), tmp_path)
@@ -377,6 +401,11 @@ def test_k_and_alpha_exclude_each_other(wrong):
 
 def test_the_name_tells_kind_ratio_alpha_and_seed():
     assert TrainConfig(ratio=0.5, alpha=3e-3, seed=2).name == "tied_r0.5_a0.003_s2"
+
+
+def test_a_step_counter_that_is_not_frozen_leaves_no_trace_so_that_older_dictionaries_stay_current(stores, tmp_path):
+    assert TrainConfig(lr=2e-3).name == "tied_r2_a0.001_s0_242f0b"  # as version 0.2.0 named it
+    assert "frozen_step" not in train(*stores, SHORT, tmp_path)[1]["spec"]["config"]
 
 
 def test_the_learning_rate_is_constant_by_default():

@@ -7,6 +7,6 @@ import subprocess
 import sys
 
 if __name__ == "__main__":
-    for name in ("import", "step", "harvest", "patch", "memory"):
+    for name in ("import", "step", "harvest", "stream", "patch", "memory", "frozen"):
         print(f"\n{name}", flush=True)
         subprocess.run([sys.executable, "-m", f"tests.benchmarks.bench_{name}"], check=True)
