@@ -179,7 +179,9 @@ class Contexts:
 
     def _read(self, x: Tensor, which: Tensor) -> Tensor:
         """The parent's code [m] at its token, with `x` [m, pos, d] at the child's level in the contexts `which` [m]."""
-        later = self.stream.run(x, self.stream.tokens[which], self.layer)[torch.arange(len(which)), self.column[which]]
+        later = self.stream.run(x, self.stream.tokens[which, : x.shape[1]], self.layer)[
+            torch.arange(len(which)), self.column[which]
+        ]
         return self.parent.dictionary.encode(later)[:, self.feature]
 
     def first_order(self) -> Tensor:
@@ -195,10 +197,12 @@ class Contexts:
         context. Sets that are silent in a context cost nothing there."""
         result = torch.zeros(len(sets), len(self.column))
         active = torch.stack([self.stream.code[..., one].flatten(1).any(1) for one in sets]).cpu()
-        for part in active.nonzero().split(batch):
+        pairs = active.nonzero()
+        for part in pairs[self.column[pairs[:, 1]].argsort()].split(batch):  # places of alike columns share a pass
+            reach = int(self.column[part[:, 1]].max()) + 1
             x = torch.stack([self.stream.without(sets[s], slice(i, i + 1))[0] for s, i in part.tolist()])
             before = self.activation[part[:, 1]]
-            fall = (before - self._read(x, part[:, 1])) / before.clamp(min=1e-6)
+            fall = (before - self._read(x[:, :reach], part[:, 1])) / before.clamp(min=1e-6)
             result[part[:, 0], part[:, 1]] = fall.cpu()
         return result
 

@@ -75,26 +75,29 @@ def fig5_tree(graph: nx.DiGraph, labels: dict, axes: Axes) -> None:
     """Paper Figure 5: the causal tree. A row per layer, the target above; `labels` {node: text}; the width of an edge is its
     weight, which stands beside it."""
     place = nx.multipartite_layout(graph, subset_key="level", align="horizontal")
-    top = max(nx.get_node_attributes(graph, "level").values())
+    levels = nx.get_node_attributes(graph, "level")
+    top = max(levels.values())
+    for level in range(top - 1, -1, -1):  # children stand below the middle of their parents, so that few edges cross
+        row = [node for node in graph if levels[node] == level]
+        row.sort(key=lambda node: np.mean([place[parent][0] for parent in graph.successors(node)]))
+        place |= {node: (x, place[node][1]) for node, x in zip(row, _spread(len(row)), strict=True)}
     widths = [0.4 + 4 * graph.edges[edge]["weight"] for edge in graph.edges]
     look = {"ax": axes, "arrows": True, "arrowstyle": "-", "edge_color": "#9db8d9"}
     nx.draw_networkx_edges(graph, place, width=widths, node_size=1, **look)
+    middle = {"fontsize": 6.5, "ha": "center", "va": "center"}
     for (child, parent), edge in graph.edges.items():
-        x, y = (0.62 * np.array(place[child])) + 0.38 * np.array(place[parent])
-        axes.text(
-            x,
-            y,
-            f"{edge['weight']:.2f}",
-            fontsize=6.5,
-            ha="center",
-            va="center",
-            bbox={"fc": "white", "ec": "none", "pad": 0.6},
-        )
+        x, y = 0.72 * np.array(place[child]) + 0.28 * np.array(place[parent])
+        axes.text(x, y, f"{edge['weight']:.2f}", bbox={"fc": "white", "ec": "none", "pad": 0.6}, **middle)
     for node, data in graph.nodes(data=True):
         box = {"boxstyle": "round", "fc": "#e8f0fa" if data["level"] < top else "#fdebd3", "ec": "#7f7f7f", "lw": 0.6}
-        axes.text(*place[node], labels[node], fontsize=6.5, ha="center", va="center", bbox=box, parse_math=False)
+        axes.text(*place[node], labels[node], bbox=box, parse_math=False, **middle)
     axes.margins(0.12, 0.16)
     axes.set_axis_off()
+
+
+def _spread(n: int) -> np.ndarray:
+    """`n` places between -1 and 1, the same distance from each other and half of it from the ends."""
+    return (2 * np.arange(n) + 1) / n - 1
 
 
 def x_contexts(groups: dict[str, pd.DataFrame], axes: Sequence[Axes], characters: int = 112) -> None:
