@@ -165,14 +165,15 @@ def report(code: Tensor, text: Text, hit: Tensor, maximum: float) -> dict[str, f
     return found["purity_above"] | found["purity"] | recall
 
 
-def histogram(value: Tensor, token: Tensor, *, bins: int = 10, top: int = 5) -> pd.DataFrame:
+def histogram(value: Tensor, token: Tensor, *, bins: int = 10, top: int = 5, by_count: bool = False) -> pd.DataFrame:
     """Counts of `value` [n] in equal bins from its minimum to its maximum, by token: columns bin, low, high, token (-1: all
-    others), count. Shown are the `top` tokens with the largest mean share of a bin (paper: the commonest of all, which are
-    those of the lowest bin)."""
+    others), count. Shown are the `top` tokens with the largest mean share of a bin, or (``by_count``, the paper's way) the
+    commonest of all, which are those of the fullest bin."""
     edges = np.linspace(value.min(), max(value.max(), value.min() + 1e-6), bins + 1)
     place = np.clip(np.digitize(value.numpy(), edges) - 1, 0, bins - 1)
     counts = pd.crosstab(place, token.numpy()).reindex(range(bins), fill_value=0)
-    kept = counts.div(counts.sum(axis=1).clip(lower=1), axis=0).mean().nlargest(top).index
+    weight = counts if by_count else counts.div(counts.sum(axis=1).clip(lower=1), axis=0)
+    kept = weight.mean().nlargest(top).index
     shown = counts[kept].assign(**{"-1": counts.drop(columns=kept).sum(axis=1)}).rename(columns={"-1": -1})
     long = shown.rename_axis(index="bin", columns="token").stack().rename("count").reset_index()
     return long.assign(low=edges[long["bin"]], high=edges[long["bin"] + 1])

@@ -35,13 +35,11 @@ def stacked(table: pd.DataFrame, first: str, axes: Axes, label: str = "activatio
     for token in counts:
         colour = FIRST if token == first else REST if token == "other" else next(colours)
         height = (counts[token] / total.clip(lower=1)).to_numpy()
-        width, name = edges["high"] - edges["low"], token if token == "other" else readable(token)
+        width, name = edges["high"] - edges["low"], token if token == "other" else re.sub("^_", " _", readable(token))
         axes.bar(edges["low"], height, 0.94 * width, bottom, align="edge", color=colour, label=name)
         bottom += height
     for middle, count in zip((edges["low"] + edges["high"]) / 2, total, strict=True):
-        axes.text(
-            middle, 1.02, f"{count:,.0f}" if count < 10_000 else f"{count / 1000:.0f}k", ha="center", fontsize=5.5
-        )
+        axes.text(middle, 1.02, f"{count:.0f}" if count < 1000 else f"{count / 1000:.1f}k", ha="center", fontsize=5.5)
     axes.grid(axis="x", visible=False)
     axes.set(xlabel=label, ylim=(0, 1.09), yticks=[0, 0.5, 1])
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=6.5, handlelength=1, columnspacing=1)
@@ -144,7 +142,7 @@ def x_failure(frequent: pd.DataFrame, table: pd.DataFrame, target: str, bound: f
     failing = frequent[frequent["target"] == target].iloc[0]
     axes[0].plot(failing["occurrences"], failing["purity_above"], "o", ms=6, color=COLOURS["pca"])
     axes[0].axhline(bound, color="#444444", ls=":", lw=1)
-    for row in pd.concat([frequent.nlargest(3, "occurrences"), failing.to_frame().T]).itertuples():
+    for row in pd.concat([frequent.nlargest(1, "occurrences"), failing.to_frame().T]).itertuples():
         where = {"xytext": (-4, 4), "textcoords": "offset points", "ha": "right", "fontsize": 6.5}
         axes[0].annotate(readable(row.target), (row.occurrences, row.purity_above), parse_math=False, **where)
     axes[0].set(

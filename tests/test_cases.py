@@ -142,6 +142,9 @@ def test_histogram_by_hand():
     table = cases.histogram(value, token, bins=2, top=2)
     counts = table.pivot(index="bin", columns="token", values="count")
     assert counts[5].tolist() == [0, 3] and counts[3].tolist() == [1, 1] and counts[-1].tolist() == [1, 0]
+    lone = torch.tensor([0.0, 9.0, 9.0, 9.0, 9.0]), torch.tensor([3, 4, 4, 5, 5])
+    shown = [set(cases.histogram(*lone, bins=2, top=2, by_count=way)["token"]) for way in (False, True)]
+    assert 3 in shown[0] and shown[1] == {4, 5, -1}  # alone in its bin, or commonest of all
     assert table["count"].sum() == 6 and table["low"].min() == 0 and table["high"].max() == 10
 
 
