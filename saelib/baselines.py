@@ -118,13 +118,17 @@ class Moments:
 @torch.inference_mode()
 def moments(dictionary: Dictionary, chunks: Iterable[Tensor]) -> Moments:
     """`Moments` of the codes of `dictionary` over `chunks` of activations [n, d], in one pass."""
-    sums, n = torch.zeros(4, dictionary.n_features, dtype=torch.float64), 0
-    for x in chunks:
-        power = code = dictionary.encode(x.to(dictionary.mean))
-        for row in sums:
-            row += power.sum(0, dtype=torch.float64).cpu()
-            power = power * code
-        n += len(x)
+    return moments_of(dictionary.encode(x.to(dictionary.mean)) for x in chunks)
+
+
+def moments_of(codes: Iterable[Tensor]) -> Moments:
+    """`Moments` over chunks of codes [n, features], in float64."""
+    sums, n = 0.0, 0
+    for code in codes:
+        code = code.double()
+        square = code * code
+        sums = sums + torch.stack([power.sum(0) for power in (code, square, square * code, square * square)]).cpu()
+        n += len(code)
     m, m2, m3, m4 = sums / n
     variance = m2 - m**2
     variance[variance <= 1e-12 * m2] = torch.nan

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,6 +46,23 @@ def atomic(path: Path):
                 "what was finished before is kept and is not computed twice",
             ) from error
         raise
+
+
+@contextmanager
+def atomic_folder(path: Path):
+    """Yield a temporary folder beside `path`; put it in the place of `path` on success and delete it on any failure."""
+    temporary, old = (path.with_name(f".{path.name}.{ending}") for ending in ("tmp", "old"))
+    for left in (temporary, old):
+        shutil.rmtree(left, ignore_errors=True)  # what a killed run left
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if path.exists():
+            os.replace(path, old)  # a full folder cannot be replaced in one step
+        os.replace(temporary, path)
+    finally:
+        for left in (temporary, old):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -1,5 +1,6 @@
 """One look for all figures and one way to save; figures of notebooks 01 and 02. Functions take data and axes, return axes."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib as mpl
@@ -124,21 +125,24 @@ def fig7_convergence(table: pd.DataFrame, axes: tuple[Axes, Axes]) -> tuple[Axes
     return axes
 
 
-def fig16_alive(table: pd.DataFrame, axes: list[Axes]) -> list[Axes]:
-    """Paper Figure 16: share of features alive against alpha, a line per ratio, a panel per hook and kind.
+def fig16_alive(table: pd.DataFrame, axes: Iterable[Axes]) -> None:
+    """Paper Figure 16: share of features alive against alpha, a line per ratio, a panel per hook and kind, the rest empty.
 
     `table` has hook, kind, ratio, alpha, alive.
     """
+    axes, panels = list(axes), table.groupby(["hook", "kind"], sort=False)
+    for axis in axes[panels.ngroups :]:
+        axis.set_axis_off()
     colours, markers = shades(table["ratio"]), dict(zip(sorted(table["ratio"].unique()), "vosD^<>P", strict=False))
-    for axis, ((hook, kind), part) in zip(axes, table.groupby(["hook", "kind"], sort=False), strict=True):
+    for axis, ((hook, kind), part) in zip(axes, panels, strict=False):
         for ratio, line in part.sort_values("alpha").groupby("ratio"):
             axis.plot(line["alpha"], line["alive"], color=colours[ratio], marker=markers[ratio], label=f"R = {ratio:g}")
         axis.set_xscale("symlog", linthresh=1e-4)
         axis.set_xticks([0, 1e-4, 1e-3, 1e-2], ["0", "1e-4", "1e-3", "1e-2"])
         axis.set(xlim=(-3e-5, 1.2e-2), ylim=(0, 1.05), xlabel=f"α (log scale from 1e-4)\n{hook_label(hook)}, {kind}")
         axis.legend(loc="lower left", fontsize=7)
-    axes[0].set_ylabel("share of features alive")
-    return axes
+        if axis.get_subplotspec().is_first_col():
+            axis.set_ylabel("share of features alive")
 
 
 def x_reconstruction(table: pd.DataFrame, clean: float, axes: Axes) -> Axes:

@@ -79,3 +79,16 @@ def test_json_that_cannot_be_written_leaves_the_former_file(tmp_path):
         files.write_json(tmp_path / "a.json", {"a": object()})
     assert files.read_json(tmp_path / "a.json") == {"a": 1}
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_atomic_folder_replaces_the_old_one_or_leaves_it(tmp_path):
+    target = tmp_path / "new" / "page"
+    for content in ("first", "second"):
+        with files.atomic_folder(target) as temporary:
+            (temporary / content).write_text(content)
+            assert not (target / content).exists()
+        assert [path.name for path in target.iterdir()] == [content]
+    with pytest.raises(RuntimeError, match="in the middle"), files.atomic_folder(target) as temporary:
+        (temporary / "third").write_text("half")
+        raise RuntimeError("in the middle")
+    assert [path.name for path in target.iterdir()] == ["second"] and [target] == list(target.parent.iterdir())

@@ -26,6 +26,10 @@ def test_every_direct_dependency_is_pinned_exactly():
     assert len(DIRECT) == len(PROJECT["dependencies"]) + len(PROJECT["optional-dependencies"]["dev"])
 
 
+def test_the_extra_for_slurm_is_pinned_exactly():
+    assert list(pins(PROJECT["optional-dependencies"]["slurm"])) == ["snakemake-executor-plugin-slurm"]
+
+
 def test_the_lock_holds_every_direct_pin():
     assert {name: LOCK.get(name) for name in DIRECT} == DIRECT
 

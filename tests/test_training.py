@@ -1,5 +1,6 @@
 """Training: it learns, is done once, survives any interruption to the byte, and stops where the loss is lost."""
 
+import errno
 import json
 import re
 import signal
@@ -339,6 +340,26 @@ def test_a_huge_learning_rate_stops_training_by_its_step(stores, tmp_path, kind)
 
 
 # --- settings ---
+
+
+def test_a_full_disk_leaves_no_half_dictionary_and_the_next_call_ends_with_the_same_bytes(
+    stores, tmp_path, monkeypatch
+):
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dictionaries, "save_file", full)
+        with pytest.raises(
+            files.DiskFull, match=rf"{SHORT.name}\.safetensors: free some space and run the same command"
+        ):
+            train(*stores, SHORT, tmp_path / "full", checkpoint_every=50)
+    (kept,) = (tmp_path / "full").iterdir()
+    assert kept.name == f"{SHORT.name}.checkpoint.safetensors" and checkpoint_head(kept)["step"] == 100
+    for name in ("full", "undisturbed"):
+        train(*stores, SHORT, tmp_path / name, checkpoint_every=50)
+    assert folder_digests(tmp_path / "full") == folder_digests(tmp_path / "undisturbed")
 
 
 def test_a_batch_larger_than_the_store_is_refused_with_both_numbers(stores, tmp_path):

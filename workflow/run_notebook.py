@@ -4,18 +4,20 @@ Run by Snakemake (`script:`), which provides the global `snakemake`.
 """
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
 import papermill
 from filelock import FileLock, Timeout
+from nbstripout import strip_output
 
 from saelib import paths
 
 #: What papermill and Jupyter write into metadata that is different in every run.
-NOISE = "metadata.papermill metadata.language_info cell.metadata.papermill cell.metadata.execution"
+NOISE = [
+    "metadata.papermill", "metadata.language_info", "metadata.widgets", "cell.metadata.papermill", "cell.metadata.execution",
+]  # fmt: skip
 
 
 def run(stem: str, parameters: dict, output: Path) -> None:
@@ -47,9 +49,8 @@ def clean(path: Path) -> None:
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = list(filter(None, map(last_state, joined(cell.outputs))))
+    strip_output(notebook, keep_output=True, keep_count=True, keep_id=True, extra_keys=NOISE)
     nbformat.write(notebook, path)
-    command = ["nbstripout", "--keep-output", "--keep-count", "--keep-id", "--extra-keys", NOISE, str(path)]
-    subprocess.run([sys.executable, "-m", *command], check=True)
 
 
 def joined(outputs: list) -> list:

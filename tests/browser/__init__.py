@@ -1,0 +1,1 @@
+"""The feature pages in a real headless Chromium, opened from disk."""
