@@ -110,11 +110,10 @@ def table(statements: Sequence[Statement], *, judged: bool = True) -> pd.DataFra
     rows = []
     for one in statements:
         verdict, reason = judge(one.parts, judged=judged)
-        asked = [part for part in one.parts if part.outcome != "note"]
-        here, beside = (
-            "; ".join(f"{part.what}: {part.shown}" for part in parts)
-            for parts in (asked, [part for part in one.parts if part not in asked])
-        )
+        asked, notes = ([p for p in one.parts if (p.outcome == "note") == note] for note in (False, True))
+        here, beside = ("; ".join(f"{part.what}: {part.shown}" for part in parts) for parts in (asked, notes))
+        if all(part.outcome == "absent" for part in asked):
+            here = "; ".join(dict.fromkeys(part.shown for part in asked))  # the same reason once
         reason = "; ".join(filter(None, (reason, one.differs)))
         rows.append(
             [one.place, one.notebook, one.text, verdict, here, reason, beside, " ".join(p.outcome for p in asked)]

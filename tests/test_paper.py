@@ -26,6 +26,15 @@ SIZES = {
         },
         "03_baselines": {"n_activations": 6000, "n_evaluate": 2048, "ica_iterations": 5, "other_iterations": [2]},
         "04_autointerp": {"ratios": [0.5, 1.0, 2.0], "n_features": 12, "n_control_rows": 8},
+        "06_case_studies": {
+            "k": 8,
+            "n_rows": 32,
+            "n_effect_rows": 4,
+            "n_other_rows": 2,
+            "n_contexts": 4,
+            "n_candidates": 4,
+            "least_occurrences": 2,
+        },
     },
     "paper-410m": {
         "01_collect_activations": {"n_train_rows": 32, "n_held_out_rows": 16},
@@ -69,7 +78,7 @@ def run(data, profile: str, layers: int, *targets: str) -> dict:
 
 
 def test_paper_70m_runs_on_the_stand_in(tmp_path):
-    stems = ("01_collect_activations", "02_train_dictionaries", "03_baselines", "04_autointerp")
+    stems = ("01_collect_activations", "02_train_dictionaries", "03_baselines", "04_autointerp", "06_case_studies")
     parameters = run(tmp_path, "paper-70m", 6, *stems)
     activations = tmp_path / "runs/paper-70m/activations"
     hook = parameters["02_train_dictionaries"]["main_hook"]

@@ -117,9 +117,9 @@ def test_a_store_of_fewer_activations_than_features_starts_only_as_many_rows_at_
 class Listening(ActivationStore):
     """Notes the seed of each pass."""
 
-    def batches(self, size, *, seed, start=0):
+    def batches(self, size, *, seed, **options):
         self.seeds = [*getattr(self, "seeds", []), seed]
-        return super().batches(size, seed=seed, start=start)
+        return super().batches(size, seed=seed, **options)
 
 
 def test_every_pass_of_every_seed_has_its_own_order(stores, harvested, tmp_path):

@@ -126,6 +126,9 @@ def test_the_table_has_a_row_per_statement_and_says_what_differs():
     assert table["reason"].tolist() == ["its one part holds", "fails: skew; small"]
     assert table["parts"].tolist() == ["yes", "no"]
     assert set(verdict.table(STATEMENTS, judged=False)["verdict"]) == {"not testable"}
+    stopped = Statement("Figure 3", "05_ioi", "Fewer", [Part(what, "absent", "the model fails") for what in "ab"])
+    row = verdict.table([stopped]).iloc[0]
+    assert (row["verdict"], row["here"], row["reason"]) == ("not testable", "the model fails", "the model fails")
 
 
 def test_the_block_counts_links_and_stands_between_the_marks():

@@ -6,11 +6,15 @@ The profile gives model, text, hook and settings; the checkpoints are revisions 
 folder (`saelib.hub`). Each checkpoint's activations of the profile's main hook train one tied dictionary at notebook 02's low
 alpha. A feature of the last checkpoint's dictionary **exists** at an earlier one if there some feature's code goes with its
 own, on the same held-out tokens, with a correlation of at least 0.7: codes can be compared where coordinates cannot, since
-training may turn the stream. Writes ``<run>/checkpoints/table.csv``: FVU and L0 of each checkpoint, the share of features that
-exist there, and the mean largest correlation; and the mean largest cosine of the directions (MMCS), for comparison.
+training may turn the stream. Every dictionary but the last has another start, so that nothing is shared by that alone; the
+last checkpoint is trained from both, and what its features share with themselves from another start is the ceiling.
+
+Writes ``<run>/checkpoints/table.csv``: FVU and L0 of each dictionary, the share of the last's features that exist there, their
+mean largest correlation; and the mean largest cosine of the directions (MMCS), for comparison.
 """
 
 import argparse
+from dataclasses import replace
 
 import pandas as pd
 import torch
@@ -27,7 +31,8 @@ def best_correlation(codes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 
 
 def compare(profile: str, checkpoints: list[str], hook: str | None = None, folder=paths.PROFILES) -> pd.DataFrame:
-    """The table described above, one row per checkpoint in the order given; the last is the one compared with."""
+    """The table described above, a row per checkpoint in the order given, with the last twice: from another start, then as
+    the one compared with."""
     parameters = profiles.load(profile, folder=folder)
     first, second = parameters["01_collect_activations"], parameters["02_train_dictionaries"]
     name, device, hook = first["model"], models.default_device(), hook or second["main_hook"]
@@ -41,8 +46,9 @@ def compare(profile: str, checkpoints: list[str], hook: str | None = None, folde
     config = training.TrainConfig(
         ratio=second["main_ratio"], alpha=second["low_alpha"], **{key: second[key] for key in wanted}
     )
-    codes, directions, table = {}, {}, []
-    for checkpoint in checkpoints:
+    codes, directions, table = [], [], []
+    for number, checkpoint in enumerate([*checkpoints, checkpoints[-1]]):
+        seed = 0 if number == len(checkpoints) else 1
         place = f"{name}@{checkpoint}"
         forward = activations.forward_for(place, dtype=dtype, device=device, compatibility=first["compatibility"])
         coordinates = "processed" if first["compatibility"] else "raw"
@@ -50,22 +56,20 @@ def compare(profile: str, checkpoints: list[str], hook: str | None = None, folde
         made = activations.harvest(rows, [hook], run / checkpoint, forward, **kept)[hook]
         splits = [store.ActivationStore(made, split, outlier_factor=1e6) for split in activations.SPLITS]
         products = models.as_dtype(second["dtype"], device)
-        dictionary, about = training.train(
-            *splits, config, run / checkpoint / "dictionaries", device=device, dtype=products
-        )
+        config, options = replace(config, seed=seed), {"device": device, "dtype": products}
+        dictionary, about = training.train(*splits, config, run / checkpoint / "dictionaries", **options)
         with torch.inference_mode():
             parts = [dictionary.encode(x.to(device)).cpu() for x in splits[1].chunks(8192, limit=100_000)]
-        codes[checkpoint], directions[checkpoint] = torch.cat(parts), dictionary.directions.detach().cpu()
-        table.append({"checkpoint": checkpoint, "fvu": about["metrics"]["fvu"], "l0": about["metrics"]["l0"]})
-    last = codes[checkpoints[-1]]
-    alive = (last > 0).sum(0) > 10
-    for row in table:
-        correlation = best_correlation(last[:, alive], codes[row["checkpoint"]])
+        codes.append(torch.cat(parts))
+        directions.append(dictionary.directions.detach().cpu())
+        figures = {name: about["metrics"][name] for name in ("fvu", "l0")}
+        table.append({"checkpoint": checkpoint, "seed": seed} | figures)
+    alive = (codes[-1] > 0).sum(0) > 10
+    for row, code, direction in zip(table, codes, directions, strict=True):
+        correlation = best_correlation(codes[-1][:, alive], code)
         row |= {"features": int(alive.sum()), "exist": (correlation >= EXISTS).float().mean().item()}
         row["mean correlation"] = correlation.mean().item()
-        row["mmcs"] = (
-            metrics.max_cosine(directions[checkpoints[-1]][alive], directions[row["checkpoint"]]).mean().item()
-        )
+        row["mmcs"] = metrics.max_cosine(directions[-1][alive], direction).mean().item()
     table = pd.DataFrame(table)
     with files.atomic(run / "table.csv") as temporary:
         temporary.write_text(table.to_csv(index=False, float_format="%.4f"))
