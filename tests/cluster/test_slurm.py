@@ -86,14 +86,18 @@ def test_a_run_that_loses_a_node_ends_as_a_local_run(local, tmp_path):
     with slurm.cluster(place) as cluster:
         run = make(data, *ON_SLURM, f"FLAGS={FLAGS}", environment=cluster.environment)
 
+        def finished():
+            return {path: path.stat().st_mtime_ns for path in (data / "runs/smoke/dictionaries").glob("*/*.json")}
+
         def at_work():
-            """The job of a part on the second node, once it has finished a dictionary."""
+            """The job of a part on the second node, once there is a dictionary of its hook."""
             jobs = [
                 job for job in cluster.jobs() if is_part(job) and (job["NodeList"], job["State"]) == ("n2", "RUNNING")
             ]
-            return jobs and list((data / "runs/smoke/dictionaries").glob("*/*.json")) and jobs[0]
+            return [job for job in jobs if any(path.parent.name in job["Comment"] for path in finished())]
 
-        victim = cluster.wait_for(at_work, 900, "job of a part on n2")
+        (victim,) = cluster.wait_for(at_work, 900, "job of a part on n2")
+        before = finished()
         cluster.kill("n2")
         succeed(run, data)
         after = {job["JobID"]: job for job in cluster.jobs()}
@@ -101,6 +105,7 @@ def test_a_run_that_loses_a_node_ends_as_a_local_run(local, tmp_path):
         again = after[victim["JobID"]]
         assert (again["RestartCnt"], again["NodeList"], again["State"]) == ("1", "n1", "COMPLETED")
         assert {job["State"] for job in after.values()} == {"COMPLETED"}
+    assert before.items() <= finished().items(), "what was finished was made again"
     expected, found = kept(local), kept(data)
     assert found.keys() == expected.keys()
     assert [name for name in expected if found[name] != expected[name]] == []
