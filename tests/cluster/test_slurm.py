@@ -8,8 +8,10 @@ records, and the field "seconds" of a JSON file. Both runs use one thread, since
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import contextmanager, suppress
 from datetime import datetime
 
 import nbformat
@@ -31,26 +33,35 @@ ON_SLURM = ("EXECUTOR=slurm", "THREADS=1")
 FLAGS = "--slurm-status-command squeue --slurm-init-seconds-before-status-checks 5"
 
 
-def make(data, *variables, environment=os.environ, **options):
-    """A started `make replicate PROFILE=smoke`, with data in `data`."""
+@contextmanager
+def make(data, *variables, environment=os.environ):
+    """A started `make replicate PROFILE=smoke`, with data in `data`; nothing of it is left afterwards."""
     (data / "runs").mkdir(parents=True, exist_ok=True)
     if not (data / "raw").exists():
         (data / "raw").symlink_to(RAW)
     command = ["make", "replicate", "PROFILE=smoke", f"VENV={sys.prefix}", *variables]
-    options |= {"stdout": open(data / "log", "w"), "stderr": subprocess.STDOUT}  # noqa: SIM115 (the process keeps it)
     more = {"SAELIB_DATA": str(data), "PATH": f"{sys.prefix}/bin{os.pathsep}{environment['PATH']}"}
-    return subprocess.Popen(command, cwd=ROOT, env={**environment, **more}, **options)
+    with open(data / "log", "w") as log:
+        streams = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
+        run = subprocess.Popen(command, cwd=ROOT, env={**environment, **more}, **streams)
+    try:
+        yield run
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
 
 
-def succeed(started, data, seconds=1800):
-    assert started.wait(seconds) == 0, (data / "log").read_text()[-6000:]
+def succeed(run, data):
+    """Wait for the end; an hour is for a machine that does other things too."""
+    assert run.wait(3600) == 0, (data / "log").read_text()[-6000:]
 
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory):
     """A run without a cluster."""
     data = tmp_path_factory.mktemp("local")
-    succeed(make(data, "CORES=1"), data)
+    with make(data, "CORES=1") as run:
+        succeed(run, data)
     assert not (data / "runs/smoke/parts").exists()
     return data
 
@@ -83,17 +94,23 @@ def is_part(job) -> bool:
 def test_a_run_that_loses_a_node_ends_as_a_local_run(local, tmp_path):
     data, place = tmp_path / "data", tmp_path / "slurm"
     place.mkdir()
-    with slurm.cluster(place) as cluster:
-        run = make(data, *ON_SLURM, f"FLAGS={FLAGS}", environment=cluster.environment)
+    with (
+        slurm.cluster(place) as cluster,
+        make(data, *ON_SLURM, f"FLAGS={FLAGS}", environment=cluster.environment) as run,
+    ):
+
+        def finished():
+            return {path: path.stat().st_mtime_ns for path in (data / "runs/smoke/dictionaries").glob("*/*.json")}
 
         def at_work():
-            """The job of a part on the second node, once it has finished a dictionary."""
+            """The job of a part on the second node, once there is a dictionary of its hook."""
             jobs = [
                 job for job in cluster.jobs() if is_part(job) and (job["NodeList"], job["State"]) == ("n2", "RUNNING")
             ]
-            return jobs and list((data / "runs/smoke/dictionaries").glob("*/*.json")) and jobs[0]
+            return [job for job in jobs if any(path.parent.name in job["Comment"] for path in finished())]
 
-        victim = cluster.wait_for(at_work, 900, "job of a part on n2")
+        (victim,) = cluster.wait_for(at_work, 900, "job of a part on n2")
+        before = finished()
         cluster.kill("n2")
         succeed(run, data)
         after = {job["JobID"]: job for job in cluster.jobs()}
@@ -101,6 +118,7 @@ def test_a_run_that_loses_a_node_ends_as_a_local_run(local, tmp_path):
         again = after[victim["JobID"]]
         assert (again["RestartCnt"], again["NodeList"], again["State"]) == ("1", "n1", "COMPLETED")
         assert {job["State"] for job in after.values()} == {"COMPLETED"}
+    assert before.items() <= finished().items(), "what was finished was made again"
     expected, found = kept(local), kept(data)
     assert found.keys() == expected.keys()
     assert [name for name in expected if found[name] != expected[name]] == []
@@ -129,7 +147,8 @@ def fan_out(local, data, place, nodes) -> float:
     config = f"profile=smoke profiles={data.parent} fan_out=true threads=1"
     with slurm.cluster(place, ("n1", "n2")[:nodes]) as cluster:
         flags = f"FLAGS={FLAGS} --until {PART}"
-        succeed(make(data, *ON_SLURM, flags, f"CONFIG={config}", environment=cluster.environment), data)
+        with make(data, *ON_SLURM, flags, f"CONFIG={config}", environment=cluster.environment) as run:
+            succeed(run, data)
         jobs = [job for job in cluster.jobs() if is_part(job)]
     times = [(seconds(job["StartTime"]), seconds(job["EndTime"])) for job in jobs]
     lasted = [end - start for start, end in times]
