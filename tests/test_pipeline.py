@@ -104,12 +104,12 @@ def test_a_second_run_does_nothing(smoke):
 
 def test_a_changed_parameter_reruns_what_depends_on_it_and_nothing_else(smoke, tmp_path):
     before = modified(smoke)
-    text, section = (ROOT / "notebooks/profiles/smoke.yaml").read_text(), "02_train_dictionaries:\n"
-    (tmp_path / "smoke.yaml").write_text(text.replace(section, f"{section}  lr: 0.003\n"))
+    text, section = (ROOT / "notebooks/profiles/smoke.yaml").read_text(), "06_case_studies:\n"
+    (tmp_path / "smoke.yaml").write_text(text.replace(section, f"{section}  seed: 1\n"))
     log = snakemake(smoke, f"profiles={tmp_path}")
     assert log.startswith("exit 0"), log[-4000:]
     after = modified(smoke)
-    assert {stem for stem in STEMS if after[stem] != before[stem]} == set(STEMS[2:])  # 03 to 06 need 02
+    assert {stem for stem in STEMS if after[stem] != before[stem]} == {"06_case_studies", "07_verdict"}  # 07 reads what 06 found
 
 
 def test_an_unknown_profile_stops_before_anything_runs(smoke):
