@@ -84,7 +84,7 @@ def fig5_tree(graph: nx.DiGraph, labels: dict, axes: Axes) -> None:
     nx.draw_networkx_edges(graph, place, width=widths, node_size=1, **look)
     middle = {"fontsize": 6.5, "ha": "center", "va": "center"}
     for (child, parent), edge in graph.edges.items():
-        x, y = 0.72 * np.array(place[child]) + 0.28 * np.array(place[parent])
+        x, y = 0.36 * np.array(place[child]) + 0.64 * np.array(place[parent])  # near the parent the edges lie apart
         axes.text(x, y, f"{edge['weight']:.2f}", bbox={"fc": "white", "ec": "none", "pad": 0.6}, **middle)
     for node, data in graph.nodes(data=True):
         box = {"boxstyle": "round", "fc": "#e8f0fa" if data["level"] < top else "#fdebd3", "ec": "#7f7f7f", "lw": 0.6}
@@ -137,14 +137,14 @@ def x_effects(table: pd.DataFrame, axes: Sequence[Axes]) -> None:
 
 def x_failure(frequent: pd.DataFrame, table: pd.DataFrame, target: str, bound: float, axes: Sequence[Axes]) -> None:
     """Left: purity above half (select half) of the best feature of each frequent token against its occurrences (columns
-    target, occurrences, purity_above; some named). Right: `stacked` of the feature of the failing `target`."""
+    target, occurrences, purity_above; the failing one named). Right: `stacked` of the feature of the failing `target`."""
     axes[0].plot(frequent["occurrences"], frequent["purity_above"], "o", ms=3, color=FIRST)
     failing = frequent[frequent["target"] == target].iloc[0]
     axes[0].plot(failing["occurrences"], failing["purity_above"], "o", ms=6, color=COLOURS["pca"])
     axes[0].axhline(bound, color="#444444", ls=":", lw=1)
-    for row in pd.concat([frequent.nlargest(1, "occurrences"), failing.to_frame().T]).itertuples():
-        where = {"xytext": (-4, 4), "textcoords": "offset points", "ha": "right", "fontsize": 6.5}
-        axes[0].annotate(readable(row.target), (row.occurrences, row.purity_above), parse_math=False, **where)
+    where = {"xytext": (0, -5), "textcoords": "offset points", "ha": "center", "va": "top", "fontsize": 6.5}
+    spot = failing["occurrences"], failing["purity_above"]
+    axes[0].annotate(readable(target), spot, parse_math=False, **where)
     axes[0].set(
         xscale="log",
         ylim=(0, 1.05),
