@@ -109,7 +109,7 @@ def test_a_changed_parameter_reruns_what_depends_on_it_and_nothing_else(smoke, t
     log = snakemake(smoke, f"profiles={tmp_path}")
     assert log.startswith("exit 0"), log[-4000:]
     after = modified(smoke)
-    assert {stem for stem in STEMS if after[stem] != before[stem]} == {"06_case_studies", "07_verdict"}  # 07 reads what 06 found
+    assert {stem for stem in STEMS if after[stem] != before[stem]} == {"06_case_studies", "07_verdict"}  # it reads 06
 
 
 def test_an_unknown_profile_stops_before_anything_runs(smoke):
