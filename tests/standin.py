@@ -32,7 +32,9 @@ def documents(n: int, seed: int = 0):
             a, b = draw.sample(ioi.NAMES, 2)
             place, thing = draw.choice(ioi.PLACES), draw.choice(ioi.OBJECTS)
             parts.append(draw.choice(templates).format(a=a, b=b, place=place, object=thing) + f" {a}.")
-            parts.append(f"(the {thing} of {b}, {draw.randint(1, 99)} in all, isn't at the {place})")
+            parts.append(
+                f"({b}'s part of the {thing}, {draw.randint(1, 99)} in all, isn't at the {place}; they'll see)"
+            )
         yield {
             "text": f"{number}. " + " ".join(parts) + "\n",
             "meta": {"pile_set_name": SUBSETS[number % len(SUBSETS)]},
