@@ -78,7 +78,7 @@ def run(data, profile: str, layers: int, *targets: str) -> dict:
 
 
 def test_paper_70m_runs_on_the_stand_in(tmp_path):
-    stems = ("01_collect_activations", "02_train_dictionaries", "03_baselines", "04_autointerp")
+    stems = ("01_collect_activations", "02_train_dictionaries", "03_baselines", "04_autointerp", "06_case_studies")
     parameters = run(tmp_path, "paper-70m", 6, *stems)
     activations = tmp_path / "runs/paper-70m/activations"
     hook = parameters["02_train_dictionaries"]["main_hook"]

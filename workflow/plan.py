@@ -46,9 +46,9 @@ ASSUMED = {
     "local disk": (8, "TB", "assumed: the same host"),
     "patience": (24, "hours for one model on one GPU", "assumed: what a person waits for"),
 }
-#: What was measured on two cores of a shared AMD EPYC with avx512_bf16; it sets no GPU figure, and shows what sets none.
+#: What was measured on two cores of shared machines (the last two with avx512_bf16); it sets no figure of the table.
 MEASURED = {
-    "tokenising": (260_000, "tokens per second, streaming included", "tests/benchmarks/bench_stream.py"),
+    "tokenising": (212_000, "tokens per second, streaming included; loaded machine", "tests/benchmarks/bench_stream.py"),
     "harvest": (3_100, "tokens per second, 12 layers of SmolLM2-135M, bf16", "tests/benchmarks/bench_harvest.py"),
     "step": (39_000, "activations per second, d 576, R 2, batch 2048, dense bf16", "tests/benchmarks/bench_step.py"),
 }
