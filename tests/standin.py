@@ -33,7 +33,7 @@ def documents(n: int, seed: int = 0):
             place, thing = draw.choice(ioi.PLACES), draw.choice(ioi.OBJECTS)
             parts.append(draw.choice(templates).format(a=a, b=b, place=place, object=thing) + f" {a}.")
             parts.append(
-                f"({b}'s part of the {thing}, {draw.randint(1, 99)} in all, isn't at the {place}; they'll see)"
+                f"({b}'s part of the {thing}, {draw.randint(1, 99)} in all, isn't at the {place}’s end; they'll see a_b(x) too)"
             )
         yield {
             "text": f"{number}. " + " ".join(parts) + "\n",

@@ -48,7 +48,11 @@ ASSUMED = {
 }
 #: What was measured on two cores of shared machines (the last two with avx512_bf16); it sets no figure of the table.
 MEASURED = {
-    "tokenising": (212_000, "tokens per second, streaming included; loaded machine", "tests/benchmarks/bench_stream.py"),
+    "tokenising": (
+        212_000,
+        "tokens per second, streaming included; loaded machine",
+        "tests/benchmarks/bench_stream.py",
+    ),
     "harvest": (3_100, "tokens per second, 12 layers of SmolLM2-135M, bf16", "tests/benchmarks/bench_harvest.py"),
     "step": (39_000, "activations per second, d 576, R 2, batch 2048, dense bf16", "tests/benchmarks/bench_step.py"),
 }
