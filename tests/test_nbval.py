@@ -1,7 +1,6 @@
 """nbval over the committed notebooks, and proof that it fails when a claim's code is altered."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,38 +24,32 @@ def nbval(data: Path, *notebooks: Path) -> subprocess.CompletedProcess:
 
 @pytest.mark.notebooks
 def test_the_committed_notebooks_run_and_their_checked_cells_agree(tmp_path):
-    done = nbval(tmp_path, *sorted(NOTEBOOKS.glob("[0-9]*.ipynb")))
+    left_out = os.environ.get("NBVAL_LEAVES_OUT", "").split()  # .ci/run says when and why
+    paths = [path for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")) if path.stem[:2] not in left_out]
+    assert len(paths) >= 6
+    done = nbval(tmp_path, *paths)
     assert done.returncode == 0, done.stdout[-6000:]
 
 
-def altered(tmp_path, old, new):
-    """A copy of notebook 00 with `old` replaced by `new` in its code, short enough to run in seconds."""
+def altered(tmp_path, *changes):
+    """A copy of notebook 00 with the `changes` (old, new) made in its code, for one seed."""
     notebook = nbformat.read(NOTEBOOKS / "00_overview.ipynb", as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.source = cell.source.replace("seeds = [0, 1, 2]", "seeds = [0]").replace(old, new)
+            for old, new in [("seeds = [0, 1, 2]", "seeds = [0]"), *changes]:
+                cell.source = cell.source.replace(old, new)
     path = tmp_path / "00_overview.ipynb"
     nbformat.write(notebook, path)
     return path
 
 
 @pytest.mark.pipeline
-def test_nbval_fails_when_a_claims_code_is_altered(tmp_path):
-    done = nbval(tmp_path, altered(tmp_path, 'results["autoencoder"].min()', 'results["pca"].min()'))
+def test_nbval_fails_when_a_claims_code_is_altered_and_when_a_checked_output_changes(tmp_path):
+    """One run for both, a minute each: different cells fail, and nbval goes on after the first. That the notebook passes when
+    nothing is altered is the test above."""
+    claim = 'results["autoencoder"].min()', 'results["pca"].min()'
+    output = "true_features=world.features", "true_features=world.features[:-1]"
+    done = nbval(tmp_path, altered(tmp_path, claim, output))
     assert done.returncode == 1
     assert "ClaimFailed" in done.stdout and "MMCS of the sparse autoencoder, worst seed" in done.stdout
-
-
-@pytest.mark.pipeline
-def test_nbval_fails_when_a_checked_output_changes(tmp_path):
-    done = nbval(tmp_path, altered(tmp_path, "true_features=world.features", "true_features=world.features[:-1]"))
-    assert done.returncode == 1
     assert "127 x 64" in done.stdout
-
-
-@pytest.mark.pipeline
-def test_nbval_passes_on_a_copy_that_is_not_altered_but_for_the_number_of_seeds(tmp_path):
-    """The two tests above fail for the reason that they name: only the card's count of seeds differs here."""
-    done = nbval(tmp_path, altered(tmp_path, "seeds=len(seeds)", "seeds=3"))
-    assert done.returncode == 0, done.stdout[-3000:]
-    shutil.rmtree(tmp_path / "figures")
