@@ -10,13 +10,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import networkx as nx
-import numpy as np
 import torch
 from torch import Tensor
 
-from saelib import cases, models
+from saelib import autointerp, cases, models
 from saelib.dictionaries import Dictionary
-from saelib.metrics import bootstrap_ratio
 from saelib.patching import LanguageModel
 from saelib.store import ActivationStore
 
@@ -207,11 +205,6 @@ class Contexts:
         return result
 
 
-def mean_with_interval(values: Tensor) -> tuple[float, float, float]:
-    """Mean of `values` [n] and its 95% bootstrap interval."""
-    return values.mean().item(), *bootstrap_ratio(values.double().numpy(), np.ones(len(values)))
-
-
 def tree(
     lm: LanguageModel, levels: list[Level], feature: int, *, n_contexts: int = 20, n_tokens: int = 64, n_candidates: int = 32,
     n_children: int = 3, least: float = 0.01, seed: int = 0,
@@ -252,7 +245,7 @@ def tree(
             if child not in graph:
                 graph.add_node(child, level=depth - 1)
                 waiting.append(child)
-            weight, low, high = mean_with_interval(falls[row])
+            weight, low, high = autointerp.mean_interval(falls[row].double(), resamples=1000)
             graph.add_edge(child, node, weight=weight, low=low, high=high, n=falls.shape[1])
         if kept:
             together = asked[1].fall([[candidates[best[row]] for row in kept]])[0]
