@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from saelib.corpus import TokenRows
-from saelib.dictionaries import Dictionary
+from saelib.dictionaries import ALL, Dictionary
 from saelib.metrics import bootstrap_ratio
 from saelib.store import ActivationStore
 
@@ -79,7 +79,7 @@ def codes(dictionary: Dictionary, store: ActivationStore, features: list[int]) -
     dictionary of another width."""
     if dictionary.d != store.d:
         raise CaseError(f"the dictionary is for width {dictionary.d}, {store.hook} has {store.d}")
-    found = torch.cat([_encode(dictionary, x)[:, features] for x in store.chunks(CHUNK)])
+    found = torch.cat([_encode(dictionary, x, features) for x in store.chunks(CHUNK)])
     if dead := [feature for feature, alive in zip(features, (found > 0).any(0).tolist(), strict=True) if not alive]:
         raise CaseError(
             f"feature {dead[0]} at {store.hook} is dead: never above 0 on {len(found):,} held-out activations"
@@ -87,8 +87,8 @@ def codes(dictionary: Dictionary, store: ActivationStore, features: list[int]) -
     return found
 
 
-def _encode(dictionary: Dictionary, x: Tensor) -> Tensor:
-    return dictionary.encode(x.to(dictionary.mean.device, torch.float32)).cpu()
+def _encode(dictionary: Dictionary, x: Tensor, features: list[int] | slice = ALL) -> Tensor:
+    return dictionary.encode(x.to(dictionary.mean.device, torch.float32), features).cpu()
 
 
 @torch.inference_mode()

@@ -37,9 +37,14 @@ class Level:
 
     def code(self, feature: int) -> Tensor:
         """`cases.codes` of one feature, [n], computed once."""
-        if feature not in self._codes:
-            self._codes[feature] = cases.codes(self.dictionary, self.store, [feature])[:, 0]
+        self.compute([feature])
         return self._codes[feature]
+
+    def compute(self, features: list[int]) -> None:
+        """Keep the codes of several features, which one pass over the activations gives."""
+        if missing := [feature for feature in dict.fromkeys(features) if feature not in self._codes]:
+            found = cases.codes(self.dictionary, self.store, missing)
+            self._codes.update(zip(missing, found.T.contiguous(), strict=True))
 
     @property
     def hook(self) -> str:
@@ -121,14 +126,18 @@ def effects(stream: Stream, features: list[int], where: Tensor, *, batch: int = 
     change = torch.zeros(len(features), len(stream.x), stream.x.shape[1] - 1)
     vocabulary = [0.0] * len(features)
     for part in torch.arange(len(stream.x)).split(batch):
-        tokens = stream.tokens[part]
-        base = stream.run(stream.x[part], tokens).log_softmax(-1)
+        tokens, following = stream.tokens[part], stream.tokens[part, 1:, None].to(stream.x.device)
+        base = stream.run(stream.x[part], tokens)
+        whole = base.logsumexp(-1)
         for k, feature in enumerate(features):
             if not stream.code[part][..., feature].any():
                 continue
-            moved = base - stream.run(stream.without([feature], part), tokens).log_softmax(-1)
-            change[k, part] = moved[:, :-1].gather(2, tokens[:, 1:, None].to(moved.device))[..., 0].cpu()
-            vocabulary[k] = vocabulary[k] + moved[where[k, part]].sum(0).cpu()
+            logits = stream.run(stream.without([feature], part), tokens)
+            shift = whole - logits.logsumexp(-1)  # log p = logit - log of the sum over the vocabulary
+            moved = base[:, :-1].gather(2, following) - logits[:, :-1].gather(2, following)
+            change[k, part] = (moved[..., 0] - shift[:, :-1]).cpu()
+            at = where[k, part].to(shift.device)
+            vocabulary[k] = vocabulary[k] + (base[at] - logits[at] - shift[at][:, None]).sum(0).cpu()
     counts = where.flatten(1).sum(1).clamp(min=1)
     return change, torch.stack([torch.as_tensor(total).expand(base.shape[-1]) for total in vocabulary]) / counts[
         :, None

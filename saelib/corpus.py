@@ -100,8 +100,9 @@ def make_rows(
     reading stops as soon as both splits are filled (streams), and ids are kept below the folder `keep`, so that a broken
     run goes on where it broke.
 
-    Sizes `n_train` and `n_held_out` are in rows. Raises `CorpusError` when the text holds fewer: nothing is repeated. So it
-    does when the text is broken before there are enough; the error says how much came before.
+    Sizes `n_train` and `n_held_out` are in rows; documents of a split of 0 rows are passed over. Raises `CorpusError` when
+    the text holds fewer rows (nothing is repeated), and when it is broken before there are enough; then the error says how
+    much came before.
     """
     mark = tokenizer.convert_tokens_to_ids(separator)
     if mark is None or tokenizer.convert_ids_to_tokens(mark) != separator:
@@ -110,20 +111,24 @@ def make_rows(
         )
     body = context - int(row_starts_with_separator)
     wanted = {"train": n_train * body, "held_out": n_held_out * body}
+
+    def split_of(document: dict) -> str:
+        return "held_out" if _share(document, seed + 1) < held_out_share else "train"
+
     tokens, owners = {"train": [], "held_out": []}, {"train": [], "held_out": []}
     have, names, by_source = {"train": 0, "held_out": 0}, [], {}
     end = torch.tensor([mark], dtype=torch.int32)
     parts = {"all": documents} if held_out_documents is None else {"train": documents, "held_out": held_out_documents}
     for part, items in parts.items():
+        if part == "all" and not all(wanted.values()):  # documents of a split that is not asked for need no tokens
+            items = (document for document in items if wanted[split_of(document)])
         fills, folder = (part,) if part in wanted else tuple(wanted), keep / part if keep else None
         items = tqdm(items, desc="tokenise", unit="doc", mininterval=0.5)
         try:
             for document, ids in streams.tokenised(items, tokenizer, folder):
                 if not len(ids):
                     continue  # an empty document holds no tokens; it is not an error and leaves no separator
-                split = part
-                if part == "all":
-                    split = "held_out" if _share(document, seed + 1) < held_out_share else "train"
+                split = split_of(document) if part == "all" else part
                 tokens[split].append(torch.cat([ids, end]))
                 owners[split].append(torch.full((len(ids) + 1,), len(names), dtype=torch.int32))
                 names.append(f"{document['source']}/{document['id']}")

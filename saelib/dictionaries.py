@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from saelib import files
 from saelib.paths import MissingArtefact, require
 
+ALL = slice(None)
+
 
 class DictionaryError(ValueError):
     """A dictionary file is not what it says; the message names the file and what is wrong."""
@@ -55,8 +57,9 @@ class Dictionary(nn.Module):
         """(x - mean) / scale, [..., d], in the dictionary's dtype: the coordinates in which it was trained."""
         return (x.to(self.mean.dtype) - self.mean) / self.scale
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Code [..., n_features] of activations [..., d]."""
+    def encode(self, x: Tensor, features: Tensor | list[int] | slice = ALL) -> Tensor:
+        """Code [..., n_features] of activations [..., d], or its columns `features`: the others then cost nothing, except
+        where features compete (TopK)."""
         raise NotImplementedError
 
     def decode(self, code: Tensor) -> Tensor:
@@ -97,8 +100,8 @@ class TiedSAE(Dictionary):
     def directions(self) -> Tensor:
         return unit_rows(self.weight)
 
-    def encode(self, x: Tensor) -> Tensor:
-        return torch.relu(self.standardise(x) @ self.directions.T + self.bias)
+    def encode(self, x: Tensor, features: Tensor | list[int] | slice = ALL) -> Tensor:
+        return torch.relu(self.standardise(x) @ unit_rows(self.weight[features]).T + self.bias[features])
 
 
 class UntiedSAE(Dictionary):
@@ -121,8 +124,8 @@ class UntiedSAE(Dictionary):
     def directions(self) -> Tensor:
         return unit_rows(self.decoder)
 
-    def encode(self, x: Tensor) -> Tensor:
-        return torch.relu(self.standardise(x) @ self.weight.T + self.bias)
+    def encode(self, x: Tensor, features: Tensor | list[int] | slice = ALL) -> Tensor:
+        return torch.relu(self.standardise(x) @ self.weight[features].T + self.bias[features])
 
 
 class StandardSAE(UntiedSAE):
@@ -144,8 +147,9 @@ class StandardSAE(UntiedSAE):
         self.decoder.data = self.weight.data.clone()
         self.decoder_bias = nn.Parameter(torch.zeros(d))
 
-    def encode(self, x: Tensor) -> Tensor:
-        return torch.relu((self.standardise(x) - self.decoder_bias) @ self.weight.T + self.bias)
+    def encode(self, x: Tensor, features: Tensor | list[int] | slice = ALL) -> Tensor:
+        centred = self.standardise(x) - self.decoder_bias
+        return torch.relu(centred @ self.weight[features].T + self.bias[features])
 
     def decode(self, code: Tensor) -> Tensor:
         return self.scale * (code @ self.directions + self.decoder_bias) + self.mean
@@ -165,8 +169,8 @@ class TopKSAE(StandardSAE):
         super().__init__(n_features, d, generator=generator)
         self.register_buffer("k", torch.tensor(k))
 
-    def encode(self, x: Tensor) -> Tensor:
-        return keep_largest(super().encode(x), int(self.k))
+    def encode(self, x: Tensor, features: Tensor | list[int] | slice = ALL) -> Tensor:
+        return keep_largest(super().encode(x), int(self.k))[..., features]
 
 
 class Linear(Dictionary):
@@ -191,10 +195,10 @@ class Linear(Dictionary):
     def directions(self) -> Tensor:
         return self.decoder
 
-    def encode(self, x: Tensor) -> Tensor:
-        code = self.standardise(x) @ self.encoder.T
+    def encode(self, x: Tensor, features: Tensor | list[int] | slice = ALL) -> Tensor:
+        code = self.standardise(x) @ (self.encoder if self.k > 0 else self.encoder[features]).T
         code = torch.relu(code) if self.rectify else code
-        return code * (keep_largest(code.abs(), int(self.k)) > 0) if self.k > 0 else code
+        return (code * (keep_largest(code.abs(), int(self.k)) > 0))[..., features] if self.k > 0 else code
 
 
 def keep_largest(code: Tensor, k: int) -> Tensor:

@@ -80,7 +80,7 @@ def codes(dictionary: Dictionary, store: ActivationStore, fragments: Fragments, 
     """Codes [n, length, len(features)] float32 of the chosen `features`; NaN where the activation is not known.
 
     One pass over the activations, `size` at a time. Memory: 4 bytes * n * length * len(features) (300 MB for 8,000
-    fragments and 150 features), and one chunk's whole code.
+    fragments and 150 features), and one chunk's code.
     """
     if dictionary.d != store.d:
         raise FragmentError(f"the dictionary is for width {dictionary.d}, {store.hook} has {store.d}")
@@ -88,8 +88,8 @@ def codes(dictionary: Dictionary, store: ActivationStore, fragments: Fragments, 
     known = (flat >= 0).nonzero()[:, 0]
     result = torch.full((len(flat), len(features)), torch.nan)
     for part in known.split(size):
-        code = dictionary.encode(store.rows(flat[part]).to(device, torch.float32))
-        result[part] = code[:, features.to(device)].float().cpu()
+        code = dictionary.encode(store.rows(flat[part]).to(device, torch.float32), features.to(device))
+        result[part] = code.float().cpu()
     return result.view(*fragments.place.shape, -1)
 
 

@@ -27,8 +27,8 @@ class Planted(dictionaries.TiedSAE):
         self.x, self.planted = x, planted
         return self
 
-    def encode(self, x):
-        return self.planted[torch.cdist(x.float(), self.x).argmin(1)]
+    def encode(self, x, features=dictionaries.ALL):
+        return self.planted[torch.cdist(x.float(), self.x).argmin(1)][:, features]
 
 
 @pytest.fixture(scope="module")

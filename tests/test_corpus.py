@@ -52,6 +52,12 @@ def test_the_split_of_a_document_does_not_depend_on_the_order_or_on_other_docume
         assert not names(forward, "held_out") & names(other, "train")
 
 
+def test_documents_of_a_split_that_is_not_asked_for_are_left_out_and_change_nothing(tokenizer):
+    both, one = make(tokenizer, held_out_share=0.3), make(tokenizer, held_out_share=0.3, n_train=0)
+    assert torch.equal(one.held_out, both.held_out) and one.train.shape == (0, 16)
+    assert names(one, "held_out") == names(both, "held_out") and len(one.documents) < len(both.documents)
+
+
 def test_another_seed_splits_otherwise(tokenizer):
     first, second = make(tokenizer, held_out_share=0.3), make(tokenizer, held_out_share=0.3, seed=1)
     assert names(first, "train") & names(second, "held_out")

@@ -81,6 +81,21 @@ def test_topk_keeps_the_largest_of_the_standard_code():
     assert torch.equal(made.encode(x), torch.tensor([[2.0, 1.5], [3.0, 0.0]]))
 
 
+@pytest.mark.parametrize("features", [[7, 0, 3], torch.tensor([11]), slice(2, 5)], ids=str)
+def test_chosen_columns_of_a_code_are_those_of_the_whole(dictionary, x, features):
+    torch.testing.assert_close(dictionary.encode(x, features), dictionary.encode(x)[:, features])
+
+
+@pytest.mark.parametrize("k", [0, 3])
+@pytest.mark.parametrize("rectify", [False, True])
+def test_chosen_columns_of_a_linear_code_are_those_of_the_whole(x, k, rectify):
+    made = dictionaries.Linear(12, 5)
+    made.encoder.normal_(generator=torch.Generator().manual_seed(0))
+    made.k.fill_(k)
+    made.rectify.fill_(rectify)
+    torch.testing.assert_close(made.encode(x, [7, 0]), made.encode(x)[:, [7, 0]])
+
+
 @pytest.mark.parametrize("kind", dictionaries.KINDS)
 def test_mean_and_scale_by_hand(kind):
     made = by_hand(kind)

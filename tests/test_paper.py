@@ -8,24 +8,39 @@ from safetensors.torch import load_file
 from standin import make
 from test_pipeline import snakemake
 
-from saelib import files, profiles, store
+from saelib import files, paths, profiles, store
 
 pytestmark = pytest.mark.pipeline
+IOI = {
+    "k": 8,
+    "more_ratios": [0.5, 1.0],
+    "fewer_rows": [2000, 4000],
+    "n_layer_rows": 8,
+    "n_select": 2,
+    "n_report": 2,
+    "sizes": [1, 8],
+    "few_sizes": [8],
+    "reselect": 2,
+    "start": 8,
+    "thresholds": [0.001, 0.1],
+}
 #: Sizes, and what stands for the model and the text. Everything else is the profile's own.
 SIZES = {
     "paper-70m": {
+        "00_overview": {"steps": 100, "map_steps": 20},
         "01_collect_activations": {"n_train_rows": 96, "n_held_out_rows": 32},
         "02_train_dictionaries": {
             "alphas": [0.0001, 0.000857696, 0.00292864, 0.01],
             "ratios": [0.5, 1.0],
             "mlp_ratios": [1.0, 2.0],
             "mlp_rows": 8000,
-            "mlp_alphas": [0.0, 0.000857696],
+            "mlp_alphas": [0.0, 0.000316228],
             "ks": [4, 8],
             "n_loss_rows": 2,
         },
         "03_baselines": {"n_activations": 6000, "n_evaluate": 2048, "ica_iterations": 5, "other_iterations": [2]},
         "04_autointerp": {"ratios": [0.5, 1.0, 2.0], "n_features": 12, "n_control_rows": 8},
+        "05_ioi": IOI,
         "06_case_studies": {
             "k": 8,
             "n_rows": 32,
@@ -39,19 +54,7 @@ SIZES = {
     "paper-410m": {
         "01_collect_activations": {"n_train_rows": 32, "n_held_out_rows": 16},
         "02_train_dictionaries": {"ratios": [1.0, 2.0], "mlp_rows": 4000, "ks": [4, 8], "n_loss_rows": 2},
-        "05_ioi": {
-            "k": 8,
-            "more_ratios": [1.0, 2.0],
-            "fewer_rows": [2000, 4000],
-            "n_layer_rows": 8,
-            "n_select": 2,
-            "n_report": 2,
-            "sizes": [1, 8],
-            "few_sizes": [8],
-            "reselect": 2,
-            "start": 8,
-            "thresholds": [0.001, 0.1],
-        },
+        "05_ioi": IOI | {"more_ratios": [1.0, 2.0]},
     },
 }
 LINE = 400  # of the stand-in's text, from which on documents are held out
@@ -78,8 +81,7 @@ def run(data, profile: str, layers: int, *targets: str) -> dict:
 
 
 def test_paper_70m_runs_on_the_stand_in(tmp_path):
-    stems = ("01_collect_activations", "02_train_dictionaries", "03_baselines", "04_autointerp", "06_case_studies")
-    parameters = run(tmp_path, "paper-70m", 6, *stems)
+    parameters = run(tmp_path, "paper-70m", 6, *(path.stem for path in sorted(paths.NOTEBOOKS.glob("0*.ipynb"))))
     activations = tmp_path / "runs/paper-70m/activations"
     hook = parameters["02_train_dictionaries"]["main_hook"]
     spec = files.read_json(activations / hook / "manifest.json")["spec"]
