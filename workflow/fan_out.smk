@@ -9,7 +9,7 @@ GROUPS = ["tied", "rivals", "sizes", *(["seeds"] if len(P02["seeds"]) > 1 else [
 PARTS = {
     "02_train_dictionaries": [f"{P02['main_hook']}-{group}" for group in GROUPS]
     + [f"{hook}-tied" for hook in P02["other_hooks"]]
-    + [f"{P02['mlp_hook']}-mlp"],
+    + [f"{P02['mlp_hook']}-mlp_{kind}" for kind in ("tied", "untied")],
     "03_baselines": [f"{hook}-ica" for hook in (P03["main_hook"], *P03["other_hooks"])],
 }
 

@@ -26,10 +26,13 @@ def groups(p: dict) -> dict[str, list[TrainConfig]]:
     sizes = [replace(base, ratio=ratio, alpha=alpha) for ratio in ratios for alpha in pair]
     seeds = [replace(base, alpha=alpha, seed=seed) for seed in p["seeds"][1:] for alpha in pair]
     seeds += [replace(base, ratio=min(ratios), seed=seed) for seed in p["seeds"]]
-    mlp = [
-        replace(base, passes=1, kind=kind, ratio=ratio, alpha=alpha)
-        for kind in ("tied", "untied") for ratio in p["mlp_ratios"] for alpha in p["mlp_alphas"]
-    ]  # fmt: skip
+    mlp = {
+        f"mlp_{kind}": [
+            replace(base, passes=1, kind=kind, ratio=ratio, alpha=alpha)
+            for ratio in p["mlp_ratios"] for alpha in p["mlp_alphas"]
+        ]
+        for kind in ("tied", "untied")
+    }  # fmt: skip
     found = {
         "tied": [base, *tied],
         "rivals": [replace(config, kind="standard", decay=p["later_decay"]) for config in tied[1:-1]] + topk,
@@ -40,13 +43,13 @@ def groups(p: dict) -> dict[str, list[TrainConfig]]:
     for group, configs in found.items():
         found[group] = [config for config in dict.fromkeys(configs) if config not in taken]
         taken |= {*configs}
-    return found | {"tied_inner": tied[1:-1], "mlp": mlp}
+    return found | {"tied_inner": tied[1:-1]} | mlp
 
 
 def train(p: dict, hook: str, group: str) -> list[str]:
     """Train one group of notebook 02 at `hook`; the names of its dictionaries."""
     run, device, kept = paths.run_dir(p["profile"]), models.default_device(), {"outlier_factor": p["outlier_factor"]}
-    folder, n_rows = run / "activations" / hook, p["mlp_rows"] if group == "mlp" else None
+    folder, n_rows = run / "activations" / hook, p["mlp_rows"] if group.startswith("mlp_") else None
     group = "tied_inner" if group == "tied" and hook != p["main_hook"] else group
     train_store = store.ActivationStore(folder, "train", n_rows=n_rows, **kept)
     held_out = store.ActivationStore(folder, "held_out", **kept)
