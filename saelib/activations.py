@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import saelib
@@ -64,6 +64,7 @@ def harvest(
     dtype: torch.dtype = torch.float32,
     first_position: int = 1,
     rows_per_shard: int = 128,
+    known: Path | None = None,
     announce: Callable[[str], None] = print,
 ) -> dict[str, Path]:
     """Write the activations of `hooks` on all `rows` to ``folder/<hook>/`` and return the folder of each hook.
@@ -82,6 +83,8 @@ def harvest(
         outlier; the paper's code keeps all (0).
     dtype : how activations are stored; bfloat16 or float16 halve the disk space.
     rows_per_shard : token rows per shard; 128 rows of 256 tokens at d = 576 are 38 MB in 16 bits.
+    known : the folder of another harvest of the same model and text, such as notebook 01's: its shards of the same rows in the
+        same layout are taken from there (as links), not computed.
 
     Raises `files.DiskFull` and leaves no half shard; `HarvestError` when activations overflow `dtype`.
     """
@@ -92,6 +95,9 @@ def harvest(
         spec = specification(rows, hook, rows_per_shard=rows_per_shard, **settings)
         manifests[hook] = _open_manifest(folder / hook / "manifest.json", spec, announce)
     shards = plan(rows, rows_per_shard)
+    if known is not None:
+        for hook, manifest in manifests.items():
+            _take_over(known, folder / hook, manifest, rows, shards)
     missing = {
         shard: [hook for hook, manifest in manifests.items() if shard_name(*shard[:2]) not in manifest["shards"]]
         for shard in shards
@@ -156,6 +162,35 @@ def _open_manifest(path: Path, spec: dict, announce: Callable[[str], None]) -> d
     return {"spec": spec, "d": None, "complete": False, "shards": {}}
 
 
+def _take_over(known: Path, folder: Path, manifest: dict, rows: TokenRows, shards: list[tuple]) -> None:
+    """Link what the harvest in `known` has of the missing `shards` into `folder` and enter it in the manifest."""
+    head, table = known / folder.name / "manifest.json", known / "tokens.safetensors"
+    if known == folder.parent or not (head.exists() and table.exists()):
+        return
+
+    def layout(spec: dict) -> dict:
+        """A specification without what says how many rows there are."""
+        tokens = {name: value for name, value in spec["tokens"].items() if name not in ("n_train", "n_held_out")}
+        return {name: value for name, value in spec.items() if name != "rows"} | {"tokens": tokens}
+
+    other, theirs = files.read_json(head), load_file(table)
+    if files.key(layout(other["spec"])) != files.key(layout(manifest["spec"])):
+        return
+    for split, number, start, stop in shards:
+        name, own = shard_name(split, number), getattr(rows, split)[start:stop]
+        same = torch.equal(theirs[split][start : start + manifest["spec"]["rows_per_shard"]], own)
+        if name in manifest["shards"] or name not in other["shards"] or not same:
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).unlink(missing_ok=True)
+        try:
+            (folder / name).hardlink_to(known / folder.name / name)
+        except OSError:  # another disk
+            with files.atomic(folder / name) as temporary:
+                shutil.copyfile(known / folder.name / name, temporary)
+        _enter(folder, name, other["shards"][name], other["d"], manifest, len(shards))
+
+
 def _write_shard(folder: Path, name: str, values: torch.Tensor, norm: torch.Tensor, manifest: dict, n_shards: int):
     """Write one shard (activations [n, d], norms [n]), then enter it in the manifest; the last of `n_shards` completes it."""
     if not torch.isfinite(norm).all():
@@ -163,8 +198,11 @@ def _write_shard(folder: Path, name: str, values: torch.Tensor, norm: torch.Tens
     with files.atomic(folder / name) as temporary:
         save_file({"activations": values, "norm": norm}, temporary)
         digest = files.sha256(temporary)
-    manifest["d"] = values.shape[1]
-    manifest["shards"][name] = {"rows": len(values), "sha256": digest}
+    _enter(folder, name, {"rows": len(values), "sha256": digest}, values.shape[1], manifest, n_shards)
+
+
+def _enter(folder: Path, name: str, entry: dict, d: int, manifest: dict, n_shards: int) -> None:
+    manifest["d"], manifest["shards"][name] = d, entry
     manifest["complete"] = len(manifest["shards"]) == n_shards
     files.write_json(folder / "manifest.json", manifest)
 

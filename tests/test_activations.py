@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,6 +150,40 @@ def test_what_was_harvested_before_an_interruption_is_not_run_again(run, tmp_pat
     assert len(list((tmp_path / MLP).glob("*.safetensors"))) == 1
     run(tmp_path, make_forward=interrupted)
     assert calls[4:] == [8, 8, 8, 8, 4], "the second run begins at the second shard"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_shards_that_another_harvest_has_are_taken_from_there(
+    run, harvested, tmp_path, rows, llama_forward, links, monkeypatch
+):
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", lambda path, target: (_ for _ in ()).throw(OSError("another disk")))
+    fewer = replace(rows, train=rows.train[:20], spec=rows.spec | {"n_train": 20})
+    known = tmp_path / "known"
+    activations.harvest(fewer, [MLP], known, lambda hooks: llama_forward, rows_per_shard=16)
+    save_file({split: getattr(fewer, split).contiguous() for split in activations.SPLITS}, known / "tokens.safetensors")
+    asked = []
+
+    def watched(tokens, take=None):
+        asked.append(tokens)
+        return llama_forward(tokens, take)
+
+    run(tmp_path / "own", [MLP], lambda hooks: watched, known=known)
+    assert torch.equal(torch.cat(asked), rows.train[16:])
+    own, whole = (folder_digests(folder / MLP) for folder in (tmp_path / "own", harvested))
+    del own["manifest.json"], whole["manifest.json"]  # the same but for the order in which shards were entered
+    assert own == whole
+    assert files.read_json(tmp_path / "own" / MLP / "manifest.json") == files.read_json(
+        harvested / MLP / "manifest.json"
+    )
+
+
+def test_another_layout_is_not_taken_over(run, harvested, tmp_path, rows):
+    known = tmp_path / "known"
+    run(known, [MLP], dtype=torch.float16)
+    save_file({split: getattr(rows, split).contiguous() for split in activations.SPLITS}, known / "tokens.safetensors")
+    run(tmp_path / "own", [MLP], known=known)
+    assert folder_digests(tmp_path / "own" / MLP) == folder_digests(harvested / MLP)
 
 
 @pytest.mark.parametrize(
