@@ -1,17 +1,13 @@
 """A page of 1,152 features with hostile text, opened from disk in Chromium: loads, sorts, filters, opens, by mouse and keys."""
 
-import shutil
-import time
-
 import pytest
 from feature_run import DEAD, HOSTILE, make_run, use_run
 
 from saelib import feature_pages
+from tests.browser.chromium import WIDTHS, resize, start, until
 
 pytestmark = pytest.mark.browser
 N = 1152
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-FLAGS += ["--disable-background-networking", "--disable-component-update", "--hide-scrollbars"]
 
 
 @pytest.fixture(scope="session")
@@ -26,18 +22,10 @@ def page(llama, rows, harvested, tmp_path_factory):
 @pytest.fixture(scope="session")
 def chromium(tmp_path_factory):
     """A running Chromium; skips where none is installed."""
-    binary = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    driver = shutil.which("chromedriver")
-    if not (binary and driver):
-        pytest.skip("no Chromium and chromedriver on this machine: install Debian's chromium and chromium-driver")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]:
-        options.add_argument(flag)
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
+    try:
+        browser = start(tmp_path_factory.mktemp("profile"))
+    except LookupError as error:
+        pytest.skip(str(error))
     yield browser
     browser.quit()
 
@@ -45,7 +33,7 @@ def chromium(tmp_path_factory):
 @pytest.fixture
 def browser(chromium, page):
     """The page, freshly opened at desktop size; afterwards nothing of the text has run and nothing was complained about."""
-    chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size(1280, 900))
+    resize(chromium, *WIDTHS["desktop"])
     chromium.get("about:blank")
     chromium.get_log("browser")
     chromium.get((page / "index.html").as_uri())
@@ -53,19 +41,6 @@ def browser(chromium, page):
     yield chromium
     assert chromium.execute_script("return window.hacked") is None
     assert chromium.get_log("browser") == []
-
-
-def size(width, height, scale=1):
-    return {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": width < 600}
-
-
-def until(browser, script, seconds=10):
-    """Wait until the JavaScript `script` returns something true, and return that."""
-    end = time.monotonic() + seconds
-    while not (result := browser.execute_script(script)):
-        assert time.monotonic() < end, f"waited {seconds} s for: {script}"
-        time.sleep(0.02)
-    return result
 
 
 def press(browser, *keys):
@@ -228,7 +203,7 @@ def test_hostile_text_is_shown_and_does_nothing(browser):
 
 @pytest.mark.parametrize("width", [320, 390])
 def test_no_horizontal_scroll_on_a_phone(browser, width):
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size(width, 844, 2))
+    resize(browser, width, 844)
     wide = "return [document.documentElement.scrollWidth, innerWidth]"
     for place in ("", "f0", f"f{DEAD}"):
         browser.execute_script(f"location.hash = '{place}'")
