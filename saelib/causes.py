@@ -180,7 +180,7 @@ class Contexts:
         self.column, self.parent, self.feature, self.layer = text.column[places], parent, feature, layer
         self.stream = Stream(lm, child, text.row[places], int(self.column.max()) + 1)
         reach = torch.arange(self.stream.x.shape[1]) <= self.column[:, None]
-        self.stream.code.mul_(reach[..., None])  # what comes after the place cannot reach it
+        self.stream.code.mul_(reach[..., None].to(self.stream.code))  # what comes after the place cannot reach it
         with torch.no_grad():
             self.activation = self._read(self.stream.x, torch.arange(len(places)))
 

@@ -1,4 +1,5 @@
-"""All benchmarks but the contest with other tools (bench_rivals, bench_frontier: half an hour and 1.9 GB): ``make bench``.
+"""All benchmarks but the contest with other tools (bench_rivals, bench_frontier: half an hour and 1.9 GB) and bench_gpu, which
+is for a GPU: ``make bench``.
 
 Each prints both sides of a ratio measured in one run.
 """

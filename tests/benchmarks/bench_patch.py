@@ -17,11 +17,12 @@ FOLDER = run_dir("laptop") / "dictionaries" / HOOK
 
 
 def main():
+    device = models.default_device()
     prompts, few = (ioi.make_prompts(models.load_tokenizer(MODEL), (n, n))[0] for n in (50, 8))
     dictionary = dictionaries.TiedSAE(1152, 576, generator=torch.Generator().manual_seed(0))
     if FOLDER.exists():
         dictionary = dictionaries.find(FOLDER, kind="tied", ratio=2.0, alpha=0.001, seed=0)[0]
-    lm = patching.load(MODEL)
+    dictionary, lm = dictionary.to(device), patching.load(MODEL, device=device)
     tail = patching.Tail(lm, HOOK, prompts)
     patch = patching.patch(tail, dictionary)
     base, behind = lm.model.base_model, lm.blocks[tail.layer + 1 :]
@@ -36,22 +37,28 @@ def main():
             x = x[0] if isinstance(x, tuple) else x
         return lm.model.lm_head(base.norm(x[:, -1].contiguous()))
 
-    torch.testing.assert_close(bare(), tail.logits, rtol=1e-3, atol=1e-3)
+    def wait():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    torch.testing.assert_close(bare().float(), tail.logits, rtol=1e-3, atol=1e-3)
     half = patch.candidates[: len(patch.candidates) // 2]
     functions = {f"bare forward, {len(behind)} blocks, {tail.x.shape[1]} columns (the limit)": bare}
     functions["KL of one set of features"] = lambda: patch.mean_kl(half)
     functions["logits of one set"] = torch.no_grad()(lambda: tail.run(patch.apply(half)[None]))
-    seconds = interleaved(functions, rounds=9, warm_up=1)
+    seconds = interleaved(
+        {name: lambda run=run: (run(), wait()) for name, run in functions.items()}, rounds=9, warm_up=1
+    )
     limit, ours, _ = seconds
     report(seconds, limit, len(prompts), "prompts")
     ratios = [one / two for one, two in zip(seconds[ours], seconds[limit], strict=True)]
     print(f"  one KL evaluation over the bare forward: {statistics.median(ratios):.3f} (limit 1.15)")
 
     order = patch.candidates
-    sets = [order[:0], *(order[torch.arange(len(order)) != one] for one in range(8)), order[::2], order]
+    sets = [order[:0], *(order[torch.arange(len(order), device=device) != one] for one in range(8)), order[::2], order]
     kl = {}
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        there = patching.patch(patching.Tail(patching.load(MODEL, dtype=dtype), HOOK, few), dictionary)
+        there = patching.patch(patching.Tail(patching.load(MODEL, dtype=dtype, device=device), HOOK, few), dictionary)
         kl[dtype] = there.measure(sets)[0].double().mean(1)
     for dtype in (torch.float32, torch.bfloat16):
         off = (kl[dtype] - kl[torch.float64]).abs()
