@@ -67,9 +67,9 @@ def best_rate(train, form: str, penalties: tuple) -> tuple[float, float]:
     return min(found, key=found.get)
 
 
-def first_there(train) -> dict | None:
+def first_there(train, budgets=BUDGETS) -> dict | None:
     """The shortest training of TopK, seed 0, that reaches the goal: the form that gets there first with every tool."""
-    for passes in BUDGETS:
+    for passes in budgets:
         rows = [train("topk", GOAL_L0, rate, 0, passes) for rate in GOAL_RATES]
         if there := [row for row in rows if row["fvu"] <= GOAL_FVU]:
             return min(there, key=lambda row: row["seconds"])
@@ -92,6 +92,7 @@ def main():
     parser.add_argument("--only", nargs="+", type=float, help="these penalties (alpha, or k) of those tried")
     parser.add_argument("--names", nargs="+", default=NAMES, choices=[*OURS, *RIVALS])
     parser.add_argument("--goal", action="store_true", help="time to quality alone")
+    parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS, help="passes tried for it, shortest first")
     parser.add_argument("--out", type=Path, help="JSON file for every training")
     arguments = parser.parse_args()
     os.environ["NUMBA_NUM_THREADS"] = str(torch.get_num_threads())
@@ -113,7 +114,7 @@ def main():
                     return every[-1]
 
                 if arguments.goal:
-                    print(f"  {name:28} {told(first_there(train))}", flush=True)
+                    print(f"  {name:28} {told(first_there(train, arguments.budgets))}", flush=True)
                     continue
                 penalties = [penalty for penalty in PENALTIES[form] if penalty in (arguments.only or PENALTIES[form])]
                 one = None if form == "topk" else best_rate(train, form, PENALTIES[form][1:3])
@@ -122,7 +123,7 @@ def main():
                     train(form, penalty, rates[penalty], seed, 1) for seed in arguments.seeds for penalty in penalties
                 ]
                 curves = np.array([fvu_at([row for row in rows if row["seed"] == seed]) for seed in arguments.seeds])
-                there = "; " + told(first_there(train)) if form == "topk" else ""
+                there = "; " + told(first_there(train, arguments.budgets)) if form == "topk" else ""
                 cells = [f"{curve.mean():.4f} ({curve.min():.4f}-{curve.max():.4f})" for curve in curves.T]
                 used = ", ".join(f"{lr:g}/{decay:g}" for lr, decay in dict.fromkeys(rates.values()))
                 print(f"  {form:9} {name:28} " + "  ".join(cells) + f"  {used}{there}", flush=True)

@@ -43,7 +43,7 @@ class Rows:
     def chunks(self, size: int):
         yield from self.x.split(size)
 
-    def batches(self, size: int, *, seed: int, start: int = 0):
+    def batches(self, size: int, *, seed: int, start: int = 0, pin: bool = False):
         self.begin = self.begin or now()
         order = torch.randperm(self.n, generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
         for first in range(start * size, self.n // size * size, size):
@@ -112,7 +112,10 @@ def train_rival(x: torch.Tensor, folder: Path, name: str, arguments) -> tuple:
         "seed": arguments.seed,
         "warmup": arguments.warmup if arguments.rival_warmup is None else arguments.rival_warmup,
         "l1_warmup": arguments.rival_l1_warmup,
-        "decay": round(steps * (arguments.decay if arguments.rival_decay is None else arguments.rival_decay)),
+        # dictionary_learning wants a step before the decay begins
+        "decay": min(
+            steps - 1, round(steps * (arguments.decay if arguments.rival_decay is None else arguments.rival_decay))
+        ),
     }
     files.write_json(folder / "job.json", job)
     environment.run("train", folder / "job.json")
