@@ -62,7 +62,7 @@ verdict: $(VENV)/installed  ## write the README's table from figures/laptop/x_ve
 
 test: unit pipeline nbval  ## everything below: unit tests, smoke pipeline, committed notebooks
 
-unit: data  ## unit tests and notebook lint (two to three minutes)
+unit: data  ## unit tests and notebook lint (three to four minutes)
 	$(BIN)/python -m pytest
 
 pipeline: data  ## the smoke profile end to end in a temporary folder
