@@ -12,6 +12,7 @@ from torch import Tensor
 from saelib.fragments import N_RANDOM, Record, as_integers
 from saelib.metrics import bootstrap_ratio
 
+ANY = -2  # in a pattern under construction: whatever stands there
 PARTS = ("both", "top", "random")  # the ten scored fragments together, the five of the top twenty, the five random ones
 
 
@@ -77,25 +78,28 @@ class TokenRules:
         known = ~record.explain_activations.isnan().numpy().ravel()
         a = as_integers(record.explain_activations).numpy().ravel()[known].astype(float)
         b, t = before.ravel()[known], tokens.ravel()[known]
-        wanted = {"token": (b * 0 - 2, t), "pair": (b, t), "before": (b, t * 0 - 2)}
-        pairs = [np.unique(np.stack(kind, 1), axis=0, return_inverse=True) for kind in wanted.values()]
+        names, groups, end = [], [], 0  # every position is in three groups: its token, its pair, what stands before it
+        for left, right in ((ANY, t), (b, t), (b, ANY)):
+            name, group = np.unique((left - ANY << 32) + (right - ANY), return_inverse=True)
+            names, groups, end = [*names, name], [*groups, group + end], end + len(name)
+        names, groups = np.concatenate(names), np.stack(groups)
+        usable = names >> 32 != -1 - ANY  # what stands before a fragment is not known
         mean, free = a.mean(), np.ones(len(a), dtype=bool)
+        n, sums = (np.bincount(groups.ravel(), np.tile(each, 3)) for each in (free, a))  # of the positions still free
         total, patterns, strengths = ((a - mean) ** 2).sum(), [], []
         while len(patterns) < self.length and free.any():
-            gains = []
-            for names, group in pairs:
-                n = np.bincount(group, free, len(names))
-                s = np.bincount(group, (a - mean) * free, len(names))
-                s[names[:, 0] == -1] = 0  # what stands before a fragment is not known
-                gains.append((s**2 / (n + self.shrink), s / (n + self.shrink)))
-            kind = int(np.argmax([gain.max() for gain, _ in gains]))
-            best = int(gains[kind][0].argmax())
-            if gains[kind][0][best] < self.least_gain * total or total == 0:
+            s = np.where(usable, sums - mean * n, 0.0)
+            gain = s**2 / (n + self.shrink)
+            best = int(gain.argmax())
+            if gain[best] < self.least_gain * total or total == 0:
                 break
-            names, group = pairs[kind]
-            patterns.append(tuple(None if part == -2 else int(part) for part in names[best]))
-            strengths.append(float(mean + gains[kind][1][best]))
-            free &= group != best
+            parts = (int(part) + ANY for part in (names[best] >> 32, names[best] & 0xFFFFFFFF))
+            patterns.append(tuple(None if part == ANY else part for part in parts))
+            strengths.append(float(mean + s[best] / (n[best] + self.shrink)))
+            fits = free & (groups == best).any(0)
+            taken, free = groups[:, fits].ravel(), free & ~fits
+            n -= np.bincount(taken, minlength=end)
+            sums -= np.bincount(taken, np.tile(a[fits], 3), minlength=end)
         return Rule(tuple(patterns), tuple(strengths), float(a[free].mean() if free.any() else mean), self.show)
 
     def simulate(self, explanation: Rule, tokens: Tensor) -> Tensor:
