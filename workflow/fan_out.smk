@@ -8,7 +8,7 @@ P02, P03 = PARAMETERS["02_train_dictionaries"], PARAMETERS["03_baselines"]
 GROUPS = ["tied", "rivals", "sizes", *(["seeds"] if len(P02["seeds"]) > 1 else [])]
 PARTS = {
     "02_train_dictionaries": [f"{P02['main_hook']}-{group}" for group in GROUPS]
-    + [f"{hook}-tied" for hook in P02["other_hooks"]]
+    + [f"{hook}-{group}" for hook in P02["other_hooks"] for group in ("tied", "sizes")]
     + [f"{P02['mlp_hook']}-mlp_{kind}" for kind in ("tied", "untied")],
     "03_baselines": [f"{hook}-ica" for hook in (P03["main_hook"], *P03["other_hooks"])],
 }

@@ -13,8 +13,8 @@ from saelib.training import TrainConfig
 def groups(p: dict) -> dict[str, list[TrainConfig]]:
     """What notebook 02 trains with parameters `p`, by the name of the part.
 
-    ``tied`` at the main hook has the whole sweep, ``tied_inner`` is that of the other hooks. What depends on a result (TopK at
-    the L0 of a tied dictionary) is left to the notebook.
+    ``tied`` at the main hook has the whole sweep, ``tied_inner`` and ``sizes_inner`` are those of the other hooks. What
+    depends on a result (TopK at the L0 of a tied dictionary) is left to the notebook.
     """
     base = TrainConfig(
         ratio=p["main_ratio"], alpha=p["high_alpha"], lr=p["lr"], batch_size=p["batch_size"], passes=p["passes"],
@@ -24,6 +24,7 @@ def groups(p: dict) -> dict[str, list[TrainConfig]]:
     tied = [replace(base, alpha=alpha) for alpha in p["alphas"]]
     topk = [replace(base, kind="topk", alpha=0.0, decay=p["later_decay"], k=k) for k in p["ks"]]
     sizes = [replace(base, ratio=ratio, alpha=alpha) for ratio in ratios for alpha in pair]
+    inner = [config for config in sizes if config.ratio < max(ratios)]
     seeds = [replace(base, alpha=alpha, seed=seed) for seed in p["seeds"][1:] for alpha in pair]
     seeds += [replace(base, ratio=min(ratios), seed=seed) for seed in p["seeds"]]
     mlp = {
@@ -43,14 +44,14 @@ def groups(p: dict) -> dict[str, list[TrainConfig]]:
     for group, configs in found.items():
         found[group] = [config for config in dict.fromkeys(configs) if config not in taken]
         taken |= {*configs}
-    return found | {"tied_inner": tied[1:-1]} | mlp
+    return found | {"tied_inner": tied[1:-1], "sizes_inner": inner} | mlp
 
 
 def train(p: dict, hook: str, group: str) -> list[str]:
     """Train one group of notebook 02 at `hook`; the names of its dictionaries."""
     run, device, kept = paths.run_dir(p["profile"]), models.default_device(), {"outlier_factor": p["outlier_factor"]}
     folder, n_rows = run / "activations" / hook, p["mlp_rows"] if group.startswith("mlp_") else None
-    group = "tied_inner" if group == "tied" and hook != p["main_hook"] else group
+    group += "_inner" if group in ("tied", "sizes") and hook != p["main_hook"] else ""
     train_store = store.ActivationStore(folder, "train", n_rows=n_rows, **kept)
     held_out = store.ActivationStore(folder, "held_out", **kept)
     options = {"device": device, "dtype": models.as_dtype(p["dtype"], device)}

@@ -153,7 +153,7 @@ def fan_out(local, data, place, nodes) -> float:
     times = [(seconds(job["StartTime"]), seconds(job["EndTime"])) for job in jobs]
     lasted = [end - start for start, end in times]
     print(f"\n{nodes} nodes: {len(jobs)} jobs of {min(lasted):.0f} to {max(lasted):.0f} s")
-    assert len(jobs) == 8 and min(lasted) > 20
+    assert len(jobs) == 11 and min(lasted) > 20
     return max(end for _, end in times) - min(start for start, _ in times)
 
 
@@ -174,6 +174,6 @@ STAND_IN = {
     "  other_hooks: [blocks.1.hook_resid_post]\n  mlp_hook: blocks.1.mlp.hook_post\n  alphas":
     "  other_hooks: [blocks.1.hook_resid_post, blocks.1.hook_mlp_out, blocks.1.attn.hook_z]\n"
     "  mlp_hook: blocks.1.mlp.hook_post\n  alphas",
-    "mlp_ratios: [0.125]\n  mlp_rows": "mlp_ratios: [2.0]\n  mlp_rows",
+    "ratios: [0.5, 1.0]\n  mlp_ratios: [0.125]\n  mlp_rows": "ratios: [0.5, 1.0, 4.0]\n  mlp_ratios: [2.0]\n  mlp_rows",
     "passes: 1\n03": "passes: 24\n03",
 }  # fmt: skip
