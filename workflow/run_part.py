@@ -37,7 +37,7 @@ def groups(p: dict) -> dict[str, list[TrainConfig]]:
     found = {
         "tied": [base, *tied],
         "rivals": [replace(config, kind="standard", decay=p["later_decay"]) for config in tied[1:-1]] + topk,
-        "sizes": [config for config in sizes if (config.ratio, config.alpha) != (max(ratios), p["high_alpha"])],
+        "sizes": sizes,
         "seeds": seeds,
     }
     taken = set()
