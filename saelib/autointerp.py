@@ -78,9 +78,10 @@ class TokenRules:
         known = ~record.explain_activations.isnan().numpy().ravel()
         a = as_integers(record.explain_activations).numpy().ravel()[known].astype(float)
         b, t = before.ravel()[known], tokens.ravel()[known]
-        names, groups, end = [], [], 0  # every position is in three groups: its token, its pair, what stands before it
+        # every position is in three groups: its token, its pair, what stands before it; a name holds two ids in 64 bits
+        names, groups, end = [], [], 0
         for left, right in ((ANY, t), (b, t), (b, ANY)):
-            name, group = np.unique((left - ANY << 32) + (right - ANY), return_inverse=True)
+            name, group = np.unique(((left - ANY) << 32) + (right - ANY), return_inverse=True)
             names, groups, end = [*names, name], [*groups, group + end], end + len(name)
         names, groups = np.concatenate(names), np.stack(groups)
         usable = names >> 32 != -1 - ANY  # what stands before a fragment is not known

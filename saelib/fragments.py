@@ -30,6 +30,9 @@ class Fragments:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def __getitem__(self, which: slice) -> "Fragments":
+        return Fragments(self.tokens[which], self.place[which])
+
 
 @dataclass(frozen=True)
 class Record:

@@ -33,6 +33,8 @@ def test_cuts_are_whole_distinct_and_the_same_for_the_same_seed(rows, held_out):
     first, again, other = (fragments.cut(rows.held_out, held_out, seed=seed, length=4) for seed in (0, 0, 1))
     assert len(first) == 12 * 3 and torch.equal(first.place, again.place) and not torch.equal(first.place, other.place)
     assert len(first.place.flatten().unique()) == first.place.numel()
+    assert len(first[:5]) == 5 and torch.equal(first[:5].tokens, first.tokens[:5])
+    assert torch.equal(first[3:5].place, first.place[3:5])
 
 
 def test_a_fragment_with_a_separator_is_dropped(rows, held_out):

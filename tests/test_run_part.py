@@ -90,6 +90,16 @@ def test_the_parts_of_02_train_all_that_does_not_depend_on_a_result_and_nothing_
     assert set(together) == {one for one in asked.asked if one[0].k != 77}
 
 
+def test_two_parts_of_one_hook_never_train_the_same():
+    """Not even where the ratio of the sweep is among the further ones."""
+    p = profiles.load("laptop")["02_train_dictionaries"]
+    found = run_part.groups(p | {"ratios": [0.5, p["main_ratio"], 8.0]})
+    for groups in (("tied", "rivals", "sizes", "seeds"), ("tied_inner", "sizes_inner")):
+        together = [config for group in groups for config in found[group]]
+        assert len(set(together)) == len(together)
+    assert {config.ratio for config in found["sizes_inner"]} == {0.5}
+
+
 @pytest.mark.parametrize("profile", PROFILES)
 def test_the_parts_of_03_fit_every_ica_of_the_notebook(profile, made_by_parts):
     p, asked = profiles.load(profile)["03_baselines"], Recorder()

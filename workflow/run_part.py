@@ -40,11 +40,16 @@ def groups(p: dict) -> dict[str, list[TrainConfig]]:
         "sizes": sizes,
         "seeds": seeds,
     }
-    taken = set()
+    return distinct(found) | distinct({"tied_inner": tied[1:-1], "sizes_inner": inner}) | mlp
+
+
+def distinct(found: dict[str, list[TrainConfig]]) -> dict[str, list[TrainConfig]]:
+    """The groups of one hook, each configuration in the first that has it alone: two jobs must not write one file."""
+    taken, result = set(), {}
     for group, configs in found.items():
-        found[group] = [config for config in dict.fromkeys(configs) if config not in taken]
+        result[group] = [config for config in dict.fromkeys(configs) if config not in taken]
         taken |= {*configs}
-    return found | {"tied_inner": tied[1:-1], "sizes_inner": inner} | mlp
+    return result
 
 
 def train(p: dict, hook: str, group: str) -> list[str]:
