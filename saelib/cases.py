@@ -64,7 +64,7 @@ def read(rows: TokenRows, store: ActivationStore) -> Text:
     """The text of the held-out `rows` behind each kept activation of `store`."""
     if list(rows.held_out.shape) != store.manifest["spec"]["rows"]["held_out"]:
         raise CaseError(f"rows of shape {list(rows.held_out.shape)} are not those of {store.folder}")
-    first = store.manifest["spec"]["first_position"]
+    first = store.first_position
     width = rows.held_out.shape[1] - first
     place = torch.arange(len(rows.held_out) * width) if store.kept is None else store.kept
     row, column = place // width, place % width + first

@@ -69,7 +69,7 @@ class Stream:
         if site != "hook_resid_post":
             raise CauseError(f"{level.hook}: only features of the residual stream, hook_resid_post, are ablated")
         self.tokens = level.tokens[rows, :n_tokens].long()
-        first = level.store.manifest["spec"]["first_position"]
+        first = level.store.first_position
         width, kept = level.tokens.shape[1] - first, self.tokens.shape[1] - first
         place = rows[:, None] * width + torch.arange(kept)
         start = self._begin(self.tokens[:, : max(first, 1)])[:, :first]

@@ -150,7 +150,7 @@ def features(
     The dictionary encodes the text once, or once per group of features whose codes take `MEMORY` bytes. Features are
     explained by token rules, `block` at a time, so that those of the first block get what notebook 04 gives them.
     """
-    text = rows.held_out[:, held.manifest["spec"]["first_position"] :].numpy()
+    text = rows.held_out[:, held.first_position :].numpy()
     length = text.shape[1]
     whole = fragments.cut(rows.held_out, held, seed=seed, length=length)
     pieces = fragments.cut(rows.held_out, held, seed=seed, length=min(fragments.LENGTH, length), separator=separator)
@@ -254,7 +254,7 @@ def make(profile: str, hook: str | None = None, name: str | None = None) -> Path
     options = {"block": settings["n_features"], "rule_length": settings["rule_length"], "seed": settings["seeds"][0]}
     about = {"profile": profile, "model": settings["model"], "hook": hook, "dictionary": name, "kind": dictionary.kind}
     about |= {"n_features": dictionary.n_features, "text": harvest["tokens"]["text"], "tokens": held.n}
-    about |= {"left_out": held.n_left_out, "first_position": harvest["first_position"]}
+    about |= {"left_out": held.n_left_out, "first_position": held.first_position}
     made_of = [saelib.__version__, trained["sha256"], held.manifest["shards"], settings["outlier_factor"], options]
     made_of += [files.sha256(path) for path in (Path(__file__), *sorted(ASSETS.iterdir()))]
     about["key"] = files.key({"about": about, "made of": made_of})

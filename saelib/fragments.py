@@ -59,7 +59,7 @@ def cut(
     our text is small. Positions that were never harvested (the first) are skipped; a fragment with a `separator` in it would
     hold two documents and is dropped. Where a fragment is cut depends on `seed` and the rows alone, so all hooks share it.
     """
-    first = store.manifest["spec"]["first_position"]
+    first = store.first_position
     n_rows, context = rows.shape
     wanted = store.manifest["spec"]["rows"][store.split]
     if list(rows.shape) != wanted:

@@ -45,6 +45,7 @@ class ActivationStore:
         self.folder, self.split, self.outlier_factor = folder, split, outlier_factor
         self.hook, self.d = self.manifest["spec"]["hook"], self.manifest["d"]
         self.dtype = getattr(torch, self.manifest["spec"]["dtype"])
+        self.first_position = self.manifest["spec"]["first_position"]
         shards = {name: entry for name, entry in self.manifest["shards"].items() if name.startswith(split + "-")}
         if not shards:
             raise HarvestError(f"{folder} holds no shards of the split '{split}'; splits are {', '.join(SPLITS)}")
