@@ -104,14 +104,13 @@ class TokenRules:
         return Rule(tuple(patterns), tuple(strengths), float(a[free].mean() if free.any() else mean), self.show)
 
     def simulate(self, explanation: Rule, tokens: Tensor) -> Tensor:
-        before = torch.cat([torch.full((len(tokens), 1), -1), tokens[:, :-1]], dim=1)
-        result = torch.full(tokens.shape, explanation.otherwise)
+        tokens = tokens.numpy()
+        before = np.concatenate([np.full((len(tokens), 1), -1), tokens[:, :-1]], axis=1)
+        result = np.full(tokens.shape, explanation.otherwise, dtype=np.float32)
         for (left, token), strength in reversed(list(zip(explanation.patterns, explanation.strengths, strict=True))):
-            fits = torch.ones_like(tokens, dtype=torch.bool) if token is None else tokens == token
-            if left is not None:
-                fits = fits & (before == left)
-            result[fits] = strength
-        return result
+            fits = before == left if token is None else tokens == token
+            result[fits if token is None or left is None else fits & (before == left)] = strength
+        return torch.from_numpy(result)
 
 
 def correlation(predicted: Tensor, actual: Tensor) -> float:
@@ -119,12 +118,14 @@ def correlation(predicted: Tensor, actual: Tensor) -> float:
 
     A prediction that never varies says nothing about the feature: 0.
     """
-    known = ~actual.isnan()
-    x, y = predicted[known].double(), actual[known].double()
+    actual = actual.numpy()
+    known = ~np.isnan(actual)
+    x, y = (side[known].astype(float) for side in (predicted.numpy(), actual))
     x, y = x - x.mean(), y - y.mean()
-    if not y.norm() > 0:
+    x_norm, y_norm = np.sqrt(x @ x), np.sqrt(y @ y)  # faster than a library's norm on a few hundred numbers
+    if not y_norm > 0:
         return float("nan")
-    return float(x @ y / (x.norm() * y.norm())) if x.norm() > 1e-9 else 0.0
+    return float(x @ y / (x_norm * y_norm)) if x_norm > 1e-9 else 0.0
 
 
 def score(record: Record, explainer: Explainer, simulator: Simulator) -> dict:

@@ -12,9 +12,9 @@ DENSE_ABOVE = 0.18  # share of active entries from which five dense products are
 LAYOUT = {torch.bfloat16: (torch.int16, -0x80, 16), torch.float32: (torch.int32, -0x800000, 0)}
 
 
-def adam(dictionary: Dictionary, lr: float) -> torch.optim.Adam:
-    """Adam (betas 0.9 and 0.999, eps 1e-8) whose moments exist from the start."""
-    optimiser = torch.optim.Adam(dictionary.parameters(), lr=lr, fused=True)
+def adam(dictionary: Dictionary, lr: float, beta2: float = 0.999) -> torch.optim.Adam:
+    """Adam (betas 0.9 and `beta2`, eps 1e-8) whose moments exist from the start."""
+    optimiser = torch.optim.Adam(dictionary.parameters(), lr=lr, betas=(0.9, beta2), fused=True)
     for parameter in dictionary.parameters():
         zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
         optimiser.state[parameter] = {"step": torch.zeros((), device=parameter.device)} | zeros

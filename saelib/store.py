@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 
@@ -92,17 +94,19 @@ class ActivationStore:
         """Activations [len(index), d] of the kept rows `index`, in that order, in the stored dtype.
 
         Reads shard by shard, so that no more than one shard is mapped at a time. With `pin` into page-locked memory, from
-        which a GPU reads by itself.
+        which a GPU reads by itself. By NumPy, since a thread that ran an operation of torch's keeps helpers of its own: while
+        it lives, OpenMP puts its idle threads to sleep, and each product of the main thread waits for them to wake.
         """
-        place = index if self.kept is None else self.kept[index]
-        place, order = place.sort()
-        bounds = torch.searchsorted(place, self.starts)
+        place = index.numpy() if self.kept is None else self.kept.numpy()[index.numpy()]
+        order = place.argsort(kind="stable")
+        place = place[order]
+        bounds = np.searchsorted(place, self.starts.numpy())
         result = torch.empty(len(index), self.d, dtype=self.dtype, pin_memory=pin)
-        for number, path in enumerate(self.shards):
-            first, last = bounds[number].item(), bounds[number + 1].item()
+        to = result.view(torch.uint8).numpy()
+        for path, start, (first, last) in zip(self.shards, self.starts.tolist(), pairwise(bounds), strict=False):
             if first < last:
-                local = place[first:last] - self.starts[number]
-                result[order[first:last]] = self._tensor(path, "activations")[local]
+                rows = self._tensor(path, "activations").view(torch.uint8).numpy()
+                to[order[first:last]] = rows[place[first:last] - start]
         return result
 
     def chunks(self, size: int, limit: int | None = None) -> Iterator[torch.Tensor]:
@@ -124,7 +128,7 @@ class ActivationStore:
         firsts = list(range(start * size, end, per_window))
 
         def gather(first: int) -> torch.Tensor:
-            return self.rows(order[first : min(end, first + per_window)].long(), pin=pin)
+            return self.rows(order[first : min(end, first + per_window)], pin=pin)
 
         with ThreadPoolExecutor(1) as pool:
             ahead = pool.submit(gather, firsts[0]) if firsts else None

@@ -33,7 +33,7 @@ class TrainConfig:
     ratio : n_features / d [0.5 to 8; 2 in Figure 2].
     alpha : weight of the L1 term on the code's scale, see `losses.sae_loss` [8.577e-4 residual, 3.162e-4 MLP, for
         activations in the model's units; here activations are scaled to a mean square of 1 per coordinate]. 0 for "topk".
-    lr : Adam's learning rate [1e-3 nominal]. Betas 0.9 and 0.999, eps 1e-8.
+    lr : Adam's learning rate [1e-3 nominal]. Its first beta is 0.9, eps 1e-8.
     batch_size : activations per step [1024 or 2048].
     passes : passes over the activations [1, over 21 million].
     warmup_steps, decay : linear warm-up, and the share of all steps at the end over which the rate falls to 0 [0, 0].
@@ -42,6 +42,7 @@ class TrainConfig:
     seed : of the initial weights and of the order of the activations.
     k : active features of "topk", 0 for the others [not in the paper].
     frozen_step : leave Adam's step counter at its start, the defect of the paper's code (see `steps.step`) [True in effect].
+    beta2 : Adam's second beta [0.999]. In a training of a few thousand steps 0.99 forgets the large first gradients sooner.
     """
 
     kind: str = "tied"
@@ -57,6 +58,7 @@ class TrainConfig:
     seed: int = 0
     k: int = 0
     frozen_step: bool = False
+    beta2: float = 0.999
 
     def __post_init__(self):
         if self.kind not in dictionaries.KINDS:
@@ -68,6 +70,8 @@ class TrainConfig:
                 raise ValueError(f"{name} = {value}: wants a finite number {'above' if name in positive else 'from'} 0")
         if (self.k > 0) != (self.kind == "topk") or (self.k and self.alpha):
             raise ValueError("k is for the kind 'topk', which wants k from 1 and alpha 0; the others want k = 0")
+        if not 0 < self.beta2 < 1:
+            raise ValueError(f"beta2 lies between 0 and 1, not at {self.beta2}")
         if not 0 <= self.decay <= 1:
             raise ValueError(f"decay is a share of all steps, 0 to 1, not {self.decay}")
 
@@ -83,8 +87,9 @@ class TrainConfig:
 
 
 def settings(config: TrainConfig) -> dict:
-    """The fields of `config`; ``frozen_step`` only where it is on, so that dictionaries from before it stay current."""
-    return {name: value for name, value in asdict(config).items() if name != "frozen_step" or value}
+    """The fields of `config`; the last two only where they are no default, so that older dictionaries stay current."""
+    later = {f.name: f.default for f in fields(config) if f.name in ("frozen_step", "beta2")}
+    return {name: value for name, value in asdict(config).items() if name not in later or value != later[name]}
 
 
 def learning_rate(step: int, total: int, config: TrainConfig) -> float:
@@ -152,7 +157,7 @@ def train(
     if store.n_batches(config.batch_size) == 0:
         raise TrainingError(f"batch_size {config.batch_size} is more than the {store.n} activations of {store.folder}")
     dictionary = start(store, config).to(device)
-    optimiser = steps.adam(dictionary, config.lr)
+    optimiser = steps.adam(dictionary, config.lr, config.beta2)
     checkpoint = folder / f"{config.name}.checkpoint.safetensors"
     step, history = _restore(checkpoint, dictionary, optimiser, spec)
     per_pass = store.n_batches(config.batch_size)

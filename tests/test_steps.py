@@ -27,7 +27,7 @@ def pair(kind: str, bias: float = -0.8, n_features: int = 96, d: int = 40):
                 one.k.fill_(9)
             if hasattr(one, "decoder_bias"):
                 one.decoder_bias.normal_(std=0.1, generator=generator)
-        made.append((one, steps.adam(one, LR)))
+        made.append((one, steps.adam(one, LR, beta2=0.99)))
     return *made, 0.7 * torch.randn(64, d, generator=generator)
 
 

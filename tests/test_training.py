@@ -134,7 +134,15 @@ def test_every_pass_of_every_seed_has_its_own_order(stores, harvested, tmp_path)
 
 @pytest.mark.parametrize(
     "changed",
-    [{"lr": 1e-3}, {"passes": 2}, {"batch_size": 64}, {"decay": 0.5}, {"centre": True}, {"frozen_step": True}],
+    [
+        {"lr": 1e-3},
+        {"passes": 2},
+        {"batch_size": 64},
+        {"decay": 0.5},
+        {"centre": True},
+        {"frozen_step": True},
+        {"beta2": 0.9},
+    ],
 )
 def test_other_settings_have_a_file_of_their_own(stores, tmp_path, changed):
     train(*stores, SHORT, tmp_path)
@@ -381,6 +389,7 @@ def test_a_batch_larger_than_the_store_is_refused_with_both_numbers(stores, tmp_
         {"warmup_steps": -1},
         {"decay": -0.1},
         {"decay": 1.1},
+        {"beta2": 1.0},
         {"alpha": float("nan")},
         {"lr": float("nan")},
     ],

@@ -26,7 +26,8 @@ CHANGES = [
     {"lr": 3e-4}, {"lr": 2e-3}, {"lr": 4e-3},
     {"batch_size": 128}, {"batch_size": 512}, {"batch_size": 2048},
     {"warmup_steps": 200}, {"decay": 0.3}, {"decay": 1.0}, {"lr": 2e-3, "decay": 0.3}, {"lr": 2e-3, "decay": 1.0},
-    {"lr": 4e-3, "decay": 1.0}, {"centre": True}, {"scale": False}, {"passes": 1}, {"passes": 4},
+    {"lr": 4e-3, "decay": 1.0}, {"beta2": 0.99}, {"lr": 2e-3, "decay": 0.3, "beta2": 0.99}, {"centre": True},
+    {"scale": False}, {"passes": 1}, {"passes": 4},
 ]  # fmt: skip
 
 

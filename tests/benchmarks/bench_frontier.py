@@ -1,9 +1,10 @@
 """Who has the lower FVU at equal L0, and who is there first: SAELens, dictionary_learning and saelib, several seeds.
 
 ``python -m tests.benchmarks.bench_frontier``, an hour or more (estimated). Each contender trains the standard and the TopK
-form on the same batches (tests/benchmarks/contest.py). Its learning rate and the share of steps over which that falls to 0 are
-those of `LRS` and `DECAYS` with the lowest FVU for seed 0, before the other seeds are trained: for TopK at each k by itself,
-for the standard form, whose L0 is not set but found, at L0 60. They may differ between contenders. Frontier: FVU read at L0
+form on the same batches (tests/benchmarks/contest.py). Its learning rate, the share of steps over which that falls to 0 and
+Adam's second beta are those of `LRS`, `DECAYS` and `BETAS` with the lowest FVU for seed 0, before the other seeds are trained:
+for TopK at each k by itself, for the standard form, whose L0 is not set but found, at L0 60. They may differ between contenders
+(dictionary_learning takes no other beta). Frontier: FVU read at L0
 30, 60 and 120 between neighbouring penalties (linear in log L0), mean and range over seeds. Time to quality: seconds of the
 shortest training, over `BUDGETS` passes, of the TopK form with k 75 that ends at an FVU of at most 0.20, at the best of
 `GOAL_RATES` for each contender and budget. ``--goal`` measures this alone.
@@ -24,20 +25,21 @@ from saelib import files, metrics
 from tests.benchmarks.contest import OURS, RIVALS, STORE, activations, train_ours, train_rival
 
 LRS, DECAYS = (1e-3, 2e-3, 4e-3), (0.2, 1.0)  # for TopK at k 60 all were best at 2e-3, 0.2 of 5e-4 to 2e-3, 0 and 0.2
+BETAS = {"dictionary_learning": (0.999,)}  # of the others: 0.999, 0.99
 PENALTIES = {"standard": (1e-3, 2e-3, 4e-3, 8e-3), "topk": (30, 60, 120)}
 NAMES = ("saelib-bfloat16", "saelib-float32", "saelens-autocast", "dictionary_learning")
 TARGETS, BUDGETS = (30, 60, 120), (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.75, 1, 2, 3, 4)
-GOAL_FVU, GOAL_L0, GOAL_RATES = 0.20, 75, tuple(itertools.product((2e-3, 4e-3, 8e-3), DECAYS))
+GOAL_FVU, GOAL_L0, GOAL_RATES = 0.20, 75, tuple(itertools.product((2e-3, 4e-3, 8e-3), DECAYS, (0.999,)))
 
 
 def train_one(
     name: str, form: str, penalty: float, rate: tuple, seed: int, passes: float, x, other, folder: Path
 ) -> dict:
-    """Train and evaluate one dictionary; `rate` is (lr, decay); `passes` below 1 takes the first rows only."""
+    """Train and evaluate one dictionary; `rate` is (lr, decay, beta2); `passes` below 1 takes the first rows only."""
     settings = SimpleNamespace(
         features=2 * x.shape[1], alpha=penalty if form == "standard" else 0.0, k=penalty if form == "topk" else 0,
         lr=rate[0], rival_lr=None, batch=256, passes=max(1, round(passes)), warmup=0, decay=rate[1], rival_warmup=None,
-        rival_l1_warmup=0, rival_decay=None, seed=seed, threads=torch.get_num_threads(),
+        rival_l1_warmup=0, rival_decay=None, seed=seed, threads=torch.get_num_threads(), beta2=rate[2],
     )  # fmt: skip
     x = x[: round(len(x) * min(passes, 1))]
     if name in OURS:
@@ -56,10 +58,10 @@ def fvu_at(rows: list[dict], targets=TARGETS) -> np.ndarray:
     return np.interp(np.log(targets), np.log(l0.round()), fvu, left=np.nan, right=np.nan)
 
 
-def best_rate(train, form: str, penalties: tuple) -> tuple[float, float]:
-    """The learning rate and decay of the lowest FVU for seed 0: at the one k given, or at L0 60 between two alphas."""
+def best_rate(train, form: str, penalties: tuple, betas: tuple) -> tuple[float, float, float]:
+    """Learning rate, decay and second beta of the lowest FVU for seed 0: at the one k given, or at L0 60 between two alphas."""
     found = {}
-    for rate in itertools.product(LRS, DECAYS):
+    for rate in itertools.product(LRS, DECAYS, betas):
         rows = [train(form, penalty, rate, 0, 1) for penalty in penalties]
         # where 60 lies outside of the pair, the nearer end, which can only look worse
         worst = max(row["fvu"] for row in rows)
@@ -92,6 +94,7 @@ def main():
     parser.add_argument("--only", nargs="+", type=float, help="these penalties (alpha, or k) of those tried")
     parser.add_argument("--names", nargs="+", default=NAMES, choices=[*OURS, *RIVALS])
     parser.add_argument("--goal", action="store_true", help="time to quality alone")
+    parser.add_argument("--no-goal", action="store_true", help="the frontier alone")
     parser.add_argument("--budgets", nargs="+", type=float, default=BUDGETS, help="passes tried for it, shortest first")
     parser.add_argument("--out", type=Path, help="JSON file for every training")
     arguments = parser.parse_args()
@@ -100,7 +103,9 @@ def main():
     every = []
     if not arguments.goal:
         print(
-            "  mean FVU over seeds (range) at L0 " + ", ".join(map(str, TARGETS)) + "; rate/decay; seconds to the goal"
+            "  mean FVU over seeds (range) at L0 "
+            + ", ".join(map(str, TARGETS))
+            + "; rate/decay/beta; seconds to the goal"
         )
     with tempfile.TemporaryDirectory() as folder:
         for form in ["topk"] if arguments.goal else arguments.forms:
@@ -117,15 +122,17 @@ def main():
                     print(f"  {name:28} {told(first_there(train, arguments.budgets))}", flush=True)
                     continue
                 penalties = [penalty for penalty in PENALTIES[form] if penalty in (arguments.only or PENALTIES[form])]
-                one = None if form == "topk" else best_rate(train, form, PENALTIES[form][1:3])
-                rates = {penalty: one or best_rate(train, form, (penalty,)) for penalty in penalties}
+                betas = BETAS.get(name, (0.999, 0.99))
+                one = None if form == "topk" else best_rate(train, form, PENALTIES[form][1:3], betas)
+                rates = {penalty: one or best_rate(train, form, (penalty,), betas) for penalty in penalties}
                 rows = [
                     train(form, penalty, rates[penalty], seed, 1) for seed in arguments.seeds for penalty in penalties
                 ]
                 curves = np.array([fvu_at([row for row in rows if row["seed"] == seed]) for seed in arguments.seeds])
-                there = "; " + told(first_there(train, arguments.budgets)) if form == "topk" else ""
+                timed = form == "topk" and not arguments.no_goal
+                there = "; " + told(first_there(train, arguments.budgets)) if timed else ""
                 cells = [f"{curve.mean():.4f} ({curve.min():.4f}-{curve.max():.4f})" for curve in curves.T]
-                used = ", ".join(f"{lr:g}/{decay:g}" for lr, decay in dict.fromkeys(rates.values()))
+                used = ", ".join("/".join(f"{part:g}" for part in rate) for rate in dict.fromkeys(rates.values()))
                 print(f"  {form:9} {name:28} " + "  ".join(cells) + f"  {used}{there}", flush=True)
 
 

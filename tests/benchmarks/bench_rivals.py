@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--rival-warmup", type=int)
     parser.add_argument("--rival-decay", type=float)
     parser.add_argument("--rival-l1-warmup", type=int, default=0, help="steps over which the rivals' L1 weight rises")
+    parser.add_argument("--beta2", type=float, default=0.999, help="Adam's second beta, ours and SAELens'")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=1, help="how often each trains; the rate is the median")
     parser.add_argument("--threads", type=int, default=2)

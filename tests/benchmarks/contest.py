@@ -85,6 +85,7 @@ def train_ours(x: torch.Tensor, other: torch.Tensor, dtype: torch.dtype, argumen
         warmup_steps=arguments.warmup,
         decay=arguments.decay,
         seed=arguments.seed,
+        beta2=arguments.beta2,
     )
     for rows in (Rows(x[: 25 * arguments.batch]), Rows(x)):  # the first is the throwaway one
         with tempfile.TemporaryDirectory() as folder:
@@ -109,6 +110,7 @@ def train_rival(x: torch.Tensor, folder: Path, name: str, arguments) -> tuple:
         "lr": arguments.rival_lr or arguments.lr,
         "batch": arguments.batch,
         "passes": arguments.passes,
+        "beta2": arguments.beta2,
         "seed": arguments.seed,
         "warmup": arguments.warmup if arguments.rival_warmup is None else arguments.rival_warmup,
         "l1_warmup": arguments.rival_l1_warmup,

@@ -152,6 +152,7 @@ def train_saelens(job: dict, x: torch.Tensor, out: Path) -> tuple:
         lr_end=job["lr"] / 10,  # has a say in cosine schedules only
         lr_warm_up_steps=job["warmup"],
         lr_decay_steps=job["decay"],
+        adam_beta2=job["beta2"],
         autocast=job["autocast"],
         logger=LoggingConfig(log_to_wandb=False),
     )
