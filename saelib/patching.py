@@ -195,9 +195,13 @@ class Patch:
             edit.append(self.tail.edit(x).cpu())
         return torch.cat(kl), torch.cat(edit)
 
+    def mean_kls(self, sets: Iterable[Tensor | Sequence[int]]) -> list[float]:
+        """KL in nats, mean over prompts, with each of `sets` patched: what `selection.prune_orders` evaluates."""
+        return self.measure(sets)[0].mean(1).tolist()
+
     def mean_kl(self, chosen: Tensor | Sequence[int]) -> float:
-        """KL in nats, mean over prompts, with the features `chosen` patched: what `selection.prune` evaluates."""
-        return self.measure([chosen])[0].mean().item()
+        """`mean_kls` of one set, for `selection.prune`."""
+        return self.mean_kls([chosen])[0]
 
 
 @torch.no_grad()

@@ -37,17 +37,26 @@ def ranked(fall: Tensor, patch: Patch) -> Tensor:
 
 
 def prune(
-    evaluate: Callable[[list[int]], float],
+    evaluate: Callable[[list[int]], float], start: Sequence[int], thresholds: Sequence[float], *, seed: int = 0, **rule
+) -> list[dict]:
+    """`prune_orders` for the one visit order of `seed`; `evaluate` gives the KL of one set."""
+    path = rule.pop("path", None)
+    found = prune_orders(lambda sets: [evaluate(one) for one in sets], start, thresholds, {seed: path}, **rule)
+    return found[seed]
+
+
+def prune_orders(
+    evaluate: Callable[[list[list[int]]], list[float]],
     start: Sequence[int],
     thresholds: Sequence[float],
+    orders: dict[int, Path | None],
     *,
-    seed: int = 0,
     block: int = 1,
     patience: float = float("inf"),
-    path: Path | None = None,
     spec: dict | None = None,
-) -> list[dict]:
-    """Nested sets of features by threshold pruning; ``{threshold, features, kl, rises, evaluations}`` for each threshold.
+) -> dict[int, list[dict]]:
+    """Nested sets of features by threshold pruning; for the seed of each visit order ``{threshold, features, kl, rises,
+    evaluations}`` for each threshold.
 
     Begin with all of `start` patched. For each threshold, smallest first, visit what is left in a new random order: a feature
     goes if the KL rises by less than the threshold over the running KL; it never comes back, and the running KL is updated
@@ -55,40 +64,53 @@ def prune(
 
     Parameters
     ----------
-    evaluate : KL of a set of features (`Patch.mean_kl`).
+    evaluate : KL of each of some sets of features (`Patch.mean_kls`): one set of every order at a time, which share a forward
+        pass. An order that is finished keeps its place there, so that no other depends on how far it was when a run was killed.
+    orders : seed of each visit order, and a .json that is written after each threshold, with `spec`, all that `evaluate`
+        depends on (`Patch.spec`), or None. A killed run goes on with the next threshold and ends with the same bytes; a file
+        made with anything else is not used.
     block : features that are tried together: they go at once if they raise the KL by less than the threshold all together;
         if not, each half is tried, down to single features. 1 is the code's rule, larger blocks are stricter and cheaper.
     patience : a feature that by itself raised the KL by more than `patience` times the threshold when it was last tried is
         not tried again at that threshold. Infinite is the code's rule; 2 saves most of the work of many thresholds.
-    path : a .json that is written after each threshold, with `spec`, all that `evaluate` depends on (`Patch.spec`). A killed
-        run goes on with the next threshold and ends with the same bytes; a file made with anything else is not used.
     """
-    if path and not spec:
+    if any(orders.values()) and not spec:
         raise ValueError("sets are only kept together with what they depend on: give `spec`, for example Patch.spec")
-    start, thresholds = [int(one) for one in start], sorted(map(float, thresholds))
-    spec = (spec or {}) | {
-        "start": start,
-        "thresholds": thresholds,
-        "seed": seed,
-        "block": block,
-        "patience": str(patience),
-    }
+    start, thresholds, found = [int(one) for one in start], sorted(map(float, thresholds)), {}
+    rule = {"start": start, "thresholds": thresholds, "block": block, "patience": str(patience), "orders": len(orders)}
+    with tqdm(total=len(orders) * len(thresholds), desc="prune", unit="threshold", leave=False) as bar:
+        visits = {seed: _visit((spec or {}) | rule | {"seed": seed}, path, bar) for seed, path in orders.items()}
+        sets, kl = dict.fromkeys(visits, start), dict.fromkeys(visits)
+        while True:
+            for seed in visits.keys() - found.keys():
+                try:
+                    sets[seed] = visits[seed].send(kl[seed])
+                except StopIteration as end:
+                    found[seed] = end.value
+            if len(found) == len(visits):
+                return {seed: found[seed] for seed in orders}
+            kl = dict(zip(sets, evaluate(list(sets.values())), strict=True))
+
+
+def _visit(spec: dict, path: Path | None, bar: tqdm):
+    """One visit order of `prune_orders`: yields the set whose KL it wants to be sent next, and returns what it found."""
+    start, thresholds, block, seed = (spec[name] for name in ("start", "thresholds", "block", "seed"))
     stored = files.read_json(path) if path and path.exists() else {}
     found = stored["found"] if stored.get("spec") == spec else []
     kept, running = (found[-1]["features"], found[-1]["kl"]) if found else (start, None)
     rises = dict(zip(kept, found[-1]["rises"], strict=True)) if found else dict.fromkeys(start, 0.0)
-    bar = tqdm(total=len(thresholds), initial=len(found), desc="prune", unit="threshold", leave=False)
+    bar.update(len(found))
     for number in range(len(found), len(thresholds)):
-        running, evaluations = (evaluate(kept), 1) if running is None else (running, 0)
+        running, evaluations = ((yield kept), 1) if running is None else (running, 0)
         generator = torch.Generator().manual_seed(seed * len(thresholds) + number)
         order = torch.tensor(kept, dtype=torch.long)[torch.randperm(len(kept), generator=generator)].tolist()
-        order = [one for one in order if rises[one] <= patience * thresholds[number]]
+        order = [one for one in order if rises[one] <= float(spec["patience"]) * thresholds[number]]
         waiting = [order[first : first + block] for first in range(0, len(order), block)][::-1]
         while waiting:
             bar.set_postfix_str(f"{len(kept)} left, KL {running:.3f}")
             trial = waiting.pop()
             without = [one for one in kept if one not in trial]
-            kl, evaluations = evaluate(without), evaluations + 1
+            kl, evaluations = (yield without), evaluations + 1
             if kl - running < thresholds[number]:
                 kept, running = without, kl
             elif len(trial) > 1:
@@ -101,7 +123,6 @@ def prune(
         bar.update()
         if path:
             files.write_json(path, {"spec": spec, "found": found})
-    bar.close()
     return found
 
 

@@ -195,6 +195,24 @@ def test_pruning_is_the_plain_loop(tail, learned):
     assert found[-1]["features"] != found[0]["features"]
 
 
+def test_visit_orders_side_by_side_are_those_one_by_one_and_end_the_same_after_a_kill(tail, learned, tmp_path):
+    patch = patching.patch(tail, learned)
+    start, paths = patch.candidates[:20].tolist(), {seed: tmp_path / f"{seed}.json" for seed in (3, 4, 5)}
+    settings = {"thresholds": THRESHOLDS, "orders": paths, "spec": patch.spec}
+    together = selection.prune_orders(patch.mean_kls, start, **settings)
+    for seed in paths:
+        alone = selection.prune(patch.mean_kl, start, THRESHOLDS, seed=seed)
+        assert [one["features"] for one in together[seed]] == [one["features"] for one in alone]
+        assert [one["kl"] for one in together[seed]] == pytest.approx([one["kl"] for one in alone], rel=1e-4, abs=1e-6)
+    assert together[3][0]["features"] != together[4][0]["features"] or together[3][1] != together[4][1]
+    whole = {seed: path.read_bytes() for seed, path in paths.items()}
+    paths[4].unlink()
+    files.write_json(paths[5], (stored := files.read_json(paths[5])) | {"found": stored["found"][:2]})
+    selection.prune_orders(patch.mean_kls, start, **settings)
+    assert whole == {seed: path.read_bytes() for seed, path in paths.items()}
+    assert selection.prune_orders(None, start, **settings) == together
+
+
 def additive(weights):
     """A KL to which every feature that is not patched adds its own weight."""
     return lambda chosen: sum(value for one, value in weights.items() if one not in chosen)
