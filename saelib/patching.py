@@ -183,7 +183,7 @@ class Patch:
         return self.tail.x + (self.steps[..., chosen] @ self.writes[chosen]).to(self.tail.x.dtype)
 
     @torch.no_grad()
-    def measure(self, sets: Iterable[Tensor | Sequence[int]], *, together: int = 4) -> tuple[Tensor, Tensor]:
+    def measure(self, sets: Iterable[Tensor | Sequence[int]], *, together: int = 8) -> tuple[Tensor, Tensor]:
         """KL in nats and summed edit length of each prompt, [n_sets, n] each, for several sets of features.
 
         `together` sets share a forward pass. Means over prompts: ``kl.mean(1)`` and ``edit.sum(1) / tail.n_positions.sum()``.
