@@ -108,9 +108,10 @@ def x_one_feature(table: pd.DataFrame, axes: Axes) -> Axes:
 def x_random_weights(table: pd.DataFrame, axes: Axes) -> Axes:
     """The test on trained and on shuffled weights. Columns weights, method, both, both_low, both_high."""
     looks = {"trained": (COLOURS["tied"], "o"), "blocks shuffled": ("#777777", "s"), "all shuffled": ("#bbbbbb", "D")}
-    for place, (weights, (colour, marker)) in enumerate(looks.items()):
-        rows = table[table["weights"] == weights]
-        x = np.arange(len(rows)) + 0.2 * (place - 1)
+    tested = [weights for weights in looks if weights in set(table["weights"])]
+    for place, weights in enumerate(tested):
+        (colour, marker), rows = looks[weights], table[table["weights"] == weights]
+        x = np.arange(len(rows)) + 0.2 * (place - (len(tested) - 1) / 2)
         error = [rows["both"] - rows["both_low"], rows["both_high"] - rows["both"]]
         axes.errorbar(x, rows["both"], yerr=error, fmt=marker, color=colour, label=weights, capsize=2)
     names = table["method"].drop_duplicates()
