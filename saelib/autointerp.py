@@ -108,8 +108,8 @@ class TokenRules:
         before = np.concatenate([np.full((len(tokens), 1), -1), tokens[:, :-1]], axis=1)
         result = np.full(tokens.shape, explanation.otherwise, dtype=np.float32)
         for (left, token), strength in reversed(list(zip(explanation.patterns, explanation.strengths, strict=True))):
-            fits = before == left if token is None else tokens == token
-            result[fits if token is None or left is None else fits & (before == left)] = strength
+            fits = True if token is None else tokens == token
+            result[fits if left is None else fits & (before == left)] = strength
         return torch.from_numpy(result)
 
 
@@ -122,7 +122,7 @@ def correlation(predicted: Tensor, actual: Tensor) -> float:
     known = ~np.isnan(actual)
     x, y = (side[known].astype(float) for side in (predicted.numpy(), actual))
     x, y = x - x.mean(), y - y.mean()
-    x_norm, y_norm = np.sqrt(x @ x), np.sqrt(y @ y)  # faster than a library's norm on a few hundred numbers
+    x_norm, y_norm = np.linalg.norm(x), np.linalg.norm(y)
     if not y_norm > 0:
         return float("nan")
     return float(x @ y / (x_norm * y_norm)) if x_norm > 1e-9 else 0.0

@@ -196,12 +196,8 @@ class Patch:
         return torch.cat(kl), torch.cat(edit)
 
     def mean_kls(self, sets: Iterable[Tensor | Sequence[int]]) -> list[float]:
-        """KL in nats, mean over prompts, with each of `sets` patched: what `selection.prune_orders` evaluates."""
+        """KL in nats, mean over prompts, with each of `sets` patched: what `selection.prune_orders` asks for."""
         return self.measure(sets)[0].mean(1).tolist()
-
-    def mean_kl(self, chosen: Tensor | Sequence[int]) -> float:
-        """`mean_kls` of one set, for `selection.prune`."""
-        return self.mean_kls([chosen])[0]
 
 
 @torch.no_grad()

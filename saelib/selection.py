@@ -36,15 +36,6 @@ def ranked(fall: Tensor, patch: Patch) -> Tensor:
     return patch.candidates[mean.argsort(descending=True, stable=True)]
 
 
-def prune(
-    evaluate: Callable[[list[int]], float], start: Sequence[int], thresholds: Sequence[float], *, seed: int = 0, **rule
-) -> list[dict]:
-    """`prune_orders` for the one visit order of `seed`; `evaluate` gives the KL of one set."""
-    path = rule.pop("path", None)
-    found = prune_orders(lambda sets: [evaluate(one) for one in sets], start, thresholds, {seed: path}, **rule)
-    return found[seed]
-
-
 def prune_orders(
     evaluate: Callable[[list[list[int]]], list[float]],
     start: Sequence[int],

@@ -94,8 +94,8 @@ class ActivationStore:
         """Activations [len(index), d] of the kept rows `index`, in that order, in the stored dtype.
 
         Reads shard by shard, so that no more than one shard is mapped at a time. With `pin` into page-locked memory, from
-        which a GPU reads by itself. By NumPy, since a thread that ran an operation of torch's keeps helpers of its own: while
-        it lives, OpenMP puts its idle threads to sleep, and each product of the main thread waits for them to wake.
+        which a GPU reads by itself. By NumPy: `batches` calls it in a thread, and while a thread lives that ran an operation of
+        torch's, with OpenMP helpers of its own, a training step of the main thread takes 1.1 to 1.6 times as long (measured).
         """
         place = index.numpy() if self.kept is None else self.kept.numpy()[index.numpy()]
         order = place.argsort(kind="stable")
@@ -103,7 +103,7 @@ class ActivationStore:
         bounds = np.searchsorted(place, self.starts.numpy())
         result = torch.empty(len(index), self.d, dtype=self.dtype, pin_memory=pin)
         to = result.view(torch.uint8).numpy()
-        for path, start, (first, last) in zip(self.shards, self.starts.tolist(), pairwise(bounds), strict=False):
+        for path, start, (first, last) in zip(self.shards, self.starts[:-1].tolist(), pairwise(bounds), strict=True):
             if first < last:
                 rows = self._tensor(path, "activations").view(torch.uint8).numpy()
                 to[order[first:last]] = rows[place[first:last] - start]

@@ -154,7 +154,7 @@ def test_patching_and_attribution(device, llama, tokenizer):
         fall = selection.attribution(patch, points=(0.0, 0.5))
         table = selection.curve(patch, [order[:5], selection.ranked(fall, patch)])
         assert len(selection.needed_again(fall, patch, patch, [2, 4], reselect=2, resamples=5)) == 5
-        assert selection.prune(patch.mean_kl, order[:6], [0.01])[0]["evaluations"] > 1
+        assert selection.prune_orders(patch.mean_kls, order[:6], [0.01], {0: None})[0][0]["evaluations"] > 1
         numbers = torch.tensor(table[["kl", "edit"]].to_numpy().ravel())
         return torch.cat([kl.flatten(), edit.flatten(), fall.flatten().cpu(), numbers])
 

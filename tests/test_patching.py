@@ -186,11 +186,20 @@ def plain_pruning(evaluate, start, thresholds, seed):
 THRESHOLDS = [1e-4, 1e-2, 0.1, 1.0]
 
 
+def prune(evaluate, start, thresholds, *, seed=0, path=None, **rule):
+    """`selection.prune_orders` for one visit order, with a function of one set."""
+    return selection.prune_orders(lambda sets: [*map(evaluate, sets)], start, thresholds, {seed: path}, **rule)[seed]
+
+
+def mean_kl(patch):
+    return lambda chosen: patch.mean_kls([chosen])[0]
+
+
 def test_pruning_is_the_plain_loop(tail, learned):
     patch = patching.patch(tail, learned)
     start = patch.candidates[:20].tolist()
-    found = selection.prune(patch.mean_kl, start, THRESHOLDS, seed=3)
-    plain = plain_pruning(patch.mean_kl, start, THRESHOLDS, 3)
+    found = prune(mean_kl(patch), start, THRESHOLDS, seed=3)
+    plain = plain_pruning(mean_kl(patch), start, THRESHOLDS, 3)
     assert [(one["threshold"], one["features"], one["kl"]) for one in found] == plain
     assert found[-1]["features"] != found[0]["features"]
 
@@ -201,10 +210,10 @@ def test_visit_orders_side_by_side_are_those_one_by_one_and_end_the_same_after_a
     settings = {"thresholds": THRESHOLDS, "orders": paths, "spec": patch.spec}
     together = selection.prune_orders(patch.mean_kls, start, **settings)
     for seed in paths:
-        alone = selection.prune(patch.mean_kl, start, THRESHOLDS, seed=seed)
+        alone = prune(mean_kl(patch), start, THRESHOLDS, seed=seed)
         assert [one["features"] for one in together[seed]] == [one["features"] for one in alone]
         assert [one["kl"] for one in together[seed]] == pytest.approx([one["kl"] for one in alone], rel=1e-4, abs=1e-6)
-    assert together[3][0]["features"] != together[4][0]["features"] or together[3][1] != together[4][1]
+    assert together[3] != together[4]
     whole = {seed: path.read_bytes() for seed, path in paths.items()}
     paths[4].unlink()
     files.write_json(paths[5], (stored := files.read_json(paths[5])) | {"found": stored["found"][:2]})
@@ -227,7 +236,7 @@ def test_pruning_keeps_what_weighs_more_than_the_threshold(block):
         calls.append(1)
         return additive(weights)(chosen)
 
-    found = selection.prune(evaluate, range(100), [1e-3, 0.3, 2], block=block)
+    found = prune(evaluate, range(100), [1e-3, 0.3, 2], block=block)
     assert found[0]["features"] == list(range(0, 100, 10))
     assert found[-1]["features"] == []
     assert all({*b["features"]} <= {*a["features"]} for a, b in itertools.pairwise(found))
@@ -239,9 +248,7 @@ def test_pruning_keeps_what_weighs_more_than_the_threshold(block):
 
 def test_blocks_save_evaluations():
     weights = {number: 1e-6 if number != 50 else 1.0 for number in range(128)}
-    counts = [
-        selection.prune(additive(weights), range(128), [1e-3], block=block)[0]["evaluations"] for block in (1, 32)
-    ]
+    counts = [prune(additive(weights), range(128), [1e-3], block=block)[0]["evaluations"] for block in (1, 32)]
     assert counts[0] == 129
     assert counts[1] <= 1 + 4 + 2 * 5
 
@@ -249,7 +256,7 @@ def test_blocks_save_evaluations():
 def test_patience_saves_evaluations_and_loses_nothing_where_rises_do_not_change():
     weights = {number: 10.0 ** (-number / 10) for number in range(40)}
     thresholds = [1e-3 * 2**power for power in range(10)]
-    every, few = (selection.prune(additive(weights), range(40), thresholds, patience=p) for p in (float("inf"), 2.0))
+    every, few = (prune(additive(weights), range(40), thresholds, patience=p) for p in (float("inf"), 2.0))
     assert [one["features"] for one in every] == [one["features"] for one in few]
     spent = [sum(one["evaluations"] for one in found) for found in (every, few)]
     assert spent[1] < spent[0] / 2
@@ -260,12 +267,12 @@ import sys, time
 from pathlib import Path
 from saelib import selection
 
-def evaluate(chosen):
+def evaluate(sets):
     time.sleep(float(sys.argv[2]))
-    return sum((number * 37 % 101 / 101) ** 4 for number in range(40) if number not in chosen)
+    return [sum((number * 37 % 101 / 101) ** 4 for number in range(40) if number not in one) for one in sets]
 
-spec = {"dictionary": sys.argv[3]}
-selection.prune(evaluate, range(40), [1e-4, 1e-2, 0.1, 1.0], seed=5, patience=20, path=Path(sys.argv[1]), spec=spec)
+orders, spec = {5: Path(sys.argv[1])}, {"dictionary": sys.argv[3]}
+selection.prune_orders(evaluate, range(40), [1e-4, 1e-2, 0.1, 1.0], orders, patience=20, spec=spec)
 """
 
 
@@ -290,8 +297,8 @@ def test_a_killed_pruning_goes_on_and_ends_with_the_same_bytes(tmp_path):
 
 def test_stored_sets_of_another_dictionary_prompt_or_hook_are_not_used(tmp_path, folder, tail, learned, prompts):
     patch, settings = patching.patch(tail, learned, "mine"), {"path": tmp_path / "sets.json"}
-    found = selection.prune(patch.mean_kl, patch.candidates[:6], THRESHOLDS, spec=patch.spec, **settings)
-    assert selection.prune(None, patch.candidates[:6], THRESHOLDS, spec=patch.spec, **settings) == found
+    found = prune(mean_kl(patch), patch.candidates[:6], THRESHOLDS, spec=patch.spec, **settings)
+    assert prune(None, patch.candidates[:6], THRESHOLDS, spec=patch.spec, **settings) == found
     altered = copy.deepcopy(learned)
     altered.bias.data += 1e-3
     few = dataclasses.replace(prompts, base=prompts.base.clone())
@@ -301,9 +308,9 @@ def test_stored_sets_of_another_dictionary_prompt_or_hook_are_not_used(tmp_path,
     others.append(patching.patch(patching.Tail(tail.lm, "blocks.1.hook_resid_post", prompts), learned, "mine"))
     for other in others:
         with pytest.raises(TypeError):  # it asks again, and there is nothing to ask
-            selection.prune(None, patch.candidates[:6], THRESHOLDS, spec=other.spec, **settings)
+            prune(None, patch.candidates[:6], THRESHOLDS, spec=other.spec, **settings)
     with pytest.raises(ValueError, match="give `spec`"):
-        selection.prune(None, [1], THRESHOLDS, **settings)
+        prune(None, [1], THRESHOLDS, **settings)
 
 
 def test_curves_hold_the_mean_inside_of_their_interval(tail, learned):

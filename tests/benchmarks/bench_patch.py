@@ -44,7 +44,7 @@ def main():
     torch.testing.assert_close(bare().float(), tail.logits, rtol=1e-3, atol=1e-3)
     half = patch.candidates[: len(patch.candidates) // 2]
     functions = {f"bare forward, {len(behind)} blocks, {tail.x.shape[1]} columns (the limit)": bare}
-    functions["KL of one set of features"] = lambda: patch.mean_kl(half)
+    functions["KL of one set of features"] = lambda: patch.mean_kls([half])
     functions["logits of one set"] = torch.no_grad()(lambda: tail.run(patch.apply(half)[None]))
     seconds = interleaved(
         {name: lambda run=run: (run(), wait()) for name, run in functions.items()}, rounds=9, warm_up=1
